@@ -1,0 +1,47 @@
+"""Train a recipe: torchrun --nproc-per-node=N launch/train.py RECIPE [--check] [key.sub=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from sgmd_dist.errors import reports_user_errors
+
+
+@reports_user_errors
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the recipe")
+    parser.add_argument("--check", action="store_true", help="validate everything, print the plan and stop")
+    parser.add_argument("--world-size", type=int, help="number of ranks to plan for with --check")
+    args = parser.parse_intermixed_args()
+
+    from sgmd_dist import preflight
+    from sgmd_dist.logs import setup_logging
+    from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
+    from sgmd_dist.recipe_file import load_recipe
+    from sgmd_dist.trainer import Trainer
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    layout = recipe.layout(args.world_size if args.check and args.world_size else world_size())
+    plan = preflight.check(recipe, layout)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        print("\n".join(plan), flush=True)
+    if args.check:
+        return 0
+    setup_logging(Path(recipe.run.dir), rank)
+    with process_group() as device:
+        trainer = Trainer(recipe, build_mesh(layout, device))
+        try:
+            return trainer.fit()
+        finally:
+            trainer.close()
+            del trainer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""From a recipe to its objective, its models and their sharded networks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from sgmd_dist import checkpoint, registry
+from sgmd_dist.models.base import VideoModel
+from sgmd_dist.objectives.base import Objective
+from sgmd_dist.parallel.apply import parallelize
+from sgmd_dist.parallel.load import fill, load_safetensors
+from sgmd_dist.parallel.mesh import Mesh
+from sgmd_dist.recipe import Recipe
+from sgmd_dist.recipe_file import load_recipe
+from sgmd_dist.rollout import Network
+
+Which = Literal["generator", "generator.ema", "fake_score"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def build_objective(recipe: Recipe) -> Objective:
+    """The objective that `recipe.objective` names."""
+    return registry.load(registry.OBJECTIVES, recipe.objective.name).build(recipe.objective)
+
+
+def build_model(recipe: Recipe, role: str) -> VideoModel:
+    """The architecture of `role`.
+
+    Raises:
+        UserError: its pretrained folder is missing or unfit.
+    """
+    section = recipe.model.for_role(role)
+    own = getattr(recipe.model, role).pretrained
+    key = f"model.{role}.pretrained" if own else "model.pretrained"
+    return registry.load(registry.MODELS, recipe.model.family).build(recipe.model, section.pretrained, key)
+
+
+def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dict[str, tuple[nn.Module, VideoModel]]:
+    """The roles' networks: meta device -> parallelize -> sharded load. No rank ever holds a whole network."""
+    compute_dtype = _DTYPES[recipe.model.compute_dtype]
+    networks: dict[str, tuple[nn.Module, VideoModel]] = {}
+    for name in names:
+        model = build_model(recipe, name)
+        dtype = _DTYPES[recipe.model.for_role(name).dtype or "float32"]
+        with torch.device("meta"):
+            module = nn.Module.to(model.build(), dtype)  # diffusers' own `to` warns of what loading decides anyway
+        parallelize(
+            module,
+            model.blocks(module),
+            recipe.parallel,
+            mesh=mesh.fsdp,
+            compute_dtype=compute_dtype,
+            device=mesh.device,
+        )
+        model.reset_buffers(module)
+        files = model.weight_files()
+        if files:
+            count = load_safetensors(module, files)
+        else:
+            count = fill(module, lambda key, shape, m=model: m.initial_value(key, shape, recipe.run.seed))
+        logger.info("{}: {} tensors from {}", name, count, files[0].parent if files else "random weights")
+        networks[name] = (module, model)
+    return networks
+
+
+def model_of_checkpoint(path: Path, role: str = "generator") -> tuple[Recipe, VideoModel]:
+    """The recipe that a checkpoint was saved with, and the architecture of `role`.
+
+    Raises:
+        UserError: the recipe or the pretrained folder that it names is missing.
+    """
+    recipe = load_recipe(path / checkpoint.RECIPE_FILE)
+    return recipe, build_model(recipe, role)
+
+
+def load_weights(path: Path, which: Which, model: VideoModel) -> dict[str, Tensor]:
+    """Full float32 tensors of one network of a checkpoint, on the CPU, without a process group.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged or of another network.
+    """
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in model.build().named_parameters()}
+    return checkpoint.load_tree(path, which, shapes)
+
+
+def load_network(model: VideoModel, weights: Mapping[str, Tensor] | None, device: torch.device) -> Network:
+    """An unsharded, frozen network ready to be called.
+
+    Args:
+        weights: full tensors by name; None takes the model's pretrained files, or random weights without any.
+    """
+    with torch.device("meta"):
+        module = model.build()
+    module.to_empty(device=device)
+    model.reset_buffers(module)
+    if weights is not None:
+        module.load_state_dict(weights)
+    elif files := model.weight_files():
+        load_safetensors(module, files)
+    else:
+        fill(module, lambda name, shape: model.initial_value(name, shape, 0))
+    module.requires_grad_(False).eval()
+    return functools.partial(model.velocity, module)

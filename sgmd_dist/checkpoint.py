@@ -1,0 +1,261 @@
+"""Checkpoints: torch DCP folders that appear whole or not at all, and load at any world size.
+
+    checkpoints/step-00001000/    .metadata  __*.distcp  meta.json  recipe.yaml
+
+A save writes into `step-00001000.tmp`; the rename that commits it comes last, and older checkpoints are pruned only
+after it. Tensors are DTensors or replicated, never one rank's own; there is no random-number state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from loguru import logger
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, Shard
+
+from sgmd_dist import __version__
+from sgmd_dist.errors import UserError
+from sgmd_dist.roles import Role, Roles
+
+FOLDER = "checkpoints"
+RECIPE_FILE = "recipe.yaml"
+_META_FILE = "meta.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+Tree = dict[str, dict[str, Tensor]]  # "generator", "generator.optimizer", "generator.ema", ... -> name -> tensor
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says of itself. `checksums`: per tree, the sum of its tensors' bits, modulo 2^64."""
+
+    step: int
+    stream: dict[str, Any]
+    num_tensors: dict[str, int]
+    checksums: dict[str, int]
+    versions: dict[str, str] = field(default_factory=lambda: {"sgmd_dist": __version__, "torch": torch.__version__})
+
+
+def committed(run_dir: Path) -> list[Path]:
+    """The committed checkpoints of a run folder, oldest first."""
+    folder = run_dir / FOLDER
+    found = folder.iterdir() if folder.is_dir() else []
+    return sorted(path for path in found if _NAME.fullmatch(path.name) and (path / _META_FILE).exists())
+
+
+def find(where: str | Path) -> Path:
+    """The checkpoint that `where` names: itself, or the newest committed one of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(where)
+    if (path / _META_FILE).exists():
+        return path
+    found = committed(path)
+    if not found:
+        raise UserError(f"{path}: expected a checkpoint or a run folder with a committed one in {path / FOLDER}")
+    return found[-1]
+
+
+def read_meta(checkpoint: Path) -> Meta:
+    """The checkpoint's own description.
+
+    Raises:
+        UserError: meta.json is damaged.
+    """
+    path = checkpoint / _META_FILE
+    try:
+        return Meta(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: is not a checkpoint's description ({error}); use another checkpoint") from None
+
+
+def training_state(roles: Roles) -> Tree:
+    """Every tensor that a resumed run needs, by tree and name; views of the live ones, so loading fills them."""
+    tree: Tree = {}
+    for role in roles.trained:
+        tree[role.name] = {name: p.detach() for name, p in role.module.named_parameters()}
+        tree[f"{role.name}.optimizer"] = _optimizer_tensors(role)
+        if role.ema is not None:
+            tree[f"{role.name}.ema"] = role.ema.shadow
+    return tree
+
+
+def _optimizer_tensors(role: Role) -> dict[str, Tensor]:
+    """AdamW's step and moments per parameter; an optimizer that never stepped gets the zeros it would start with."""
+    assert role.optimizer is not None
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in role.module.named_parameters():
+        state = role.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        tensors.update({f"{name}.{key}": value for key, value in state.items()})
+    return tensors
+
+
+def save(run_dir: Path, roles: Roles, *, step: int, stream: dict[str, Any], recipe: str, keep: int) -> Path:
+    """Write and commit the checkpoint of `step`, then prune all but the newest `keep`. Collective.
+
+    Args:
+        stream: the loader's state, equal on all ranks.
+        recipe: the resolved recipe as YAML.
+    """
+    final = run_dir / FOLDER / f"step-{step:08d}"
+    aside = final.with_suffix(".tmp")
+    is_main = dist.get_rank() == 0
+    if is_main and aside.exists():
+        shutil.rmtree(aside)
+    dist.barrier()
+    tree = training_state(roles)
+    meta = Meta(step, stream, {name: len(part) for name, part in tree.items()}, checksums(tree))
+    dcp.save(tree, checkpoint_id=aside)
+    if is_main:
+        _write_synced(aside / RECIPE_FILE, recipe)
+        _write_synced(aside / _META_FILE, json.dumps(asdict(meta), indent=1))
+        _commit(aside, final)
+        for old in committed(run_dir)[:-keep]:
+            shutil.rmtree(old)
+        logger.info("saved {}", final)
+    dist.barrier()
+    return final
+
+
+def load(checkpoint: Path, roles: Roles) -> Meta:
+    """Fill networks, optimizers and EMA from `checkpoint`, at any world size. Collective; before any backward.
+
+    Raises:
+        UserError: the checkpoint is damaged or is of other networks; nothing should be trained then.
+    """
+    meta = read_meta(checkpoint)
+    tree = training_state(roles)
+    expected = {name: len(part) for name, part in tree.items()}
+    if expected != meta.num_tensors:
+        raise UserError(
+            f"{checkpoint}: holds tensors {meta.num_tensors}, this recipe trains {expected}; resume with the recipe in"
+            f" {checkpoint / RECIPE_FILE} or set run.resume=never"
+        )
+    _fill(tree, checkpoint)
+    found = checksums(tree)
+    if found != meta.checksums:
+        raise UserError(_damaged(checkpoint, f"checksums {found}, expected {meta.checksums}"))
+    return meta
+
+
+def load_tree(checkpoint: Path, name: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """One tree of a checkpoint as full float32 tensors on the CPU, in one process without a process group.
+
+    Raises:
+        UserError: the checkpoint has no such tree, or is damaged.
+    """
+    meta = read_meta(checkpoint)
+    if name not in meta.num_tensors:
+        raise UserError(f"{checkpoint}: holds no '{name}'; it has {', '.join(meta.num_tensors)}")
+    tensors = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items()}
+    _fill({name: tensors}, checkpoint, no_dist=True)
+    if _bits({name: tensors}) != {name: meta.checksums[name]}:
+        raise UserError(_damaged(checkpoint, f"the checksum of '{name}' differs"))
+    return tensors
+
+
+def move_aside(run_dir: Path) -> Path | None:
+    """Make room for a run that starts anew: rename the folder of earlier checkpoints; returns its new name."""
+    folder = run_dir / FOLDER
+    if not committed(run_dir):
+        return None
+    number = 1
+    while (target := folder.with_name(f"{FOLDER}.old-{number}")).exists():
+        number += 1
+    return folder.rename(target)
+
+
+def checksums(tree: Tree) -> dict[str, int]:
+    """Per tree, the sum over all elements of their bits as integers, modulo 2^64: equal for every sharding."""
+    local = _bits(tree)
+    total = torch.tensor(list(local.values()), dtype=torch.int64)
+    dist.all_reduce(total, group=_cpu_group())
+    return dict(zip(local, total.tolist(), strict=True))
+
+
+def _cpu_group() -> dist.ProcessGroup | None:
+    return None  # the default group has a CPU backend beside NCCL
+
+
+def _bits(tree: Tree) -> dict[str, int]:
+    return {name: _wrap(sum(_tensor_bits(tensor) for tensor in part.values())) for name, part in tree.items()}
+
+
+def _tensor_bits(tensor: Tensor) -> int:
+    if isinstance(tensor, DTensor):
+        if not _owns(tensor):
+            return 0
+        tensor = tensor.to_local()
+    elif dist.is_initialized() and dist.get_rank() != 0:
+        return 0  # replicated: counted once
+    if tensor.numel() == 0:
+        return 0
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(integer).sum(dtype=torch.int64))
+
+
+def _owns(tensor: DTensor) -> bool:
+    """True on one rank of those that hold the same slice."""
+    mesh = tensor.device_mesh
+    return all(
+        isinstance(placement, Shard) or mesh.get_local_rank(dim) == 0 for dim, placement in enumerate(tensor.placements)
+    )
+
+
+def _wrap(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _fill(tree: Tree, checkpoint: Path, *, no_dist: bool = False) -> None:
+    try:
+        dcp.load(dict(tree), checkpoint_id=checkpoint, no_dist=no_dist)
+    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(_damaged(checkpoint, " ".join(str(error).split())[:300])) from error
+
+
+def _damaged(checkpoint: Path, why: str) -> str:
+    return f"{checkpoint}: is damaged: {why}; remove this folder to continue from the checkpoint before it"
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _commit(aside: Path, final: Path) -> None:
+    _sync_folder(aside)
+    if final.exists():  # a run resumed from before this step; the old one stays until the new one is complete
+        replaced = final.with_suffix(".replaced")
+        final.rename(replaced)
+        aside.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        aside.rename(final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,97 @@
+"""A generator before and after distillation, scored against its teacher on the same prompts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgmd_dist.assemble import Which
+from sgmd_dist.decode import decoder
+from sgmd_dist.evaluation import Scores, contact_sheet_gif, score
+from sgmd_dist.models.base import LatentShape
+from sgmd_dist.rollout import Network
+from sgmd_dist.sampling import Prompts, Source, encode_prompts, sample_videos
+
+REFERENCE_SEED, TEACHER_SEED, GENERATOR_SEED = 1, 2, 3
+ROWS_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the scores were measured with; stored beside them."""
+
+    captions: list[str]
+    latent_shape: LatentShape
+    teacher_steps: int
+    student_steps: int
+    sigma_shift: float
+    guidance_scale: float
+    which: Which
+    seeds: tuple[int, int, int] = (REFERENCE_SEED, TEACHER_SEED, GENERATOR_SEED)
+
+
+@dataclass
+class Comparison:
+    """Latents `[N, C, F, H, W]` of each column and their scores against the reference."""
+
+    protocol: Protocol
+    videos: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """The scores as text."""
+        rows = [f"{'':<9}{'swd':>9}{'motion_ratio':>14}{'jitter':>9}"]
+        rows += [
+            f"{name:<9}{scores.swd:>9.4f}{scores.motion_ratio:>14.3f}{scores.jitter:>9.4f}"
+            for name, scores in self.scores.items()
+        ]
+        return "\n".join(rows)
+
+    def write(self, folder: Path, source: Source) -> None:
+        """Write scores.json, protocol.json and samples.gif into `folder`."""
+        scores = {name: scores.as_dict() for name, scores in self.scores.items()}
+        (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+        facts = {**self.protocol.__dict__, "checkpoint": source.checkpoint.name}
+        (folder / "protocol.json").write_text(json.dumps(facts, indent=1) + "\n")
+        steps = self.protocol.student_steps
+        titles = {
+            "teacher": f"teacher, {self.protocol.teacher_steps} steps",
+            "before": f"before, {steps} steps",
+            "after": f"after, {steps} steps",
+        }
+        places = torch.linspace(0, len(self.protocol.captions) - 1, ROWS_SHOWN).long()
+        contact_sheet_gif(
+            folder / "samples.gif",
+            {titles[name]: self.videos[name][places] for name in titles},
+            decoder(source.pretrained),
+            prompts=[self.protocol.captions[i] for i in places.tolist()],
+        )
+
+
+def compare(source: Source, protocol: Protocol, device: torch.device) -> Comparison:
+    """Sample and score: `before` is the network that the generator started from, `after` the trained one, both with
+    few steps and no guidance; `teacher` is the guided teacher with other noise than the reference: the floor."""
+    prompts = encode_prompts(source.recipe, protocol.captions)
+    teacher = source.teacher(device)
+    many = {"num_steps": protocol.teacher_steps, "guidance_scale": protocol.guidance_scale}
+    few = {"num_steps": protocol.student_steps, "seed": GENERATOR_SEED}
+    columns = {
+        "before": (teacher, few),
+        "after": (source.network(protocol.which, device), few),
+        "teacher": (teacher, {**many, "seed": TEACHER_SEED}),
+    }
+    reference = _videos(teacher, prompts, protocol, device, **many, seed=REFERENCE_SEED)
+    result = Comparison(protocol)
+    for name, (network, settings) in columns.items():
+        result.videos[name] = _videos(network, prompts, protocol, device, **settings)
+        result.scores[name] = score(result.videos[name], reference)
+    return result
+
+
+def _videos(network: Network, prompts: Prompts, protocol: Protocol, device: torch.device, **settings: Any) -> Tensor:
+    return sample_videos(network, prompts, protocol.latent_shape, shift=protocol.sigma_shift, device=device, **settings)

@@ -1,0 +1,1 @@
+"""Shards on disk, the order in which they are read, and the stream of batches that training sees."""

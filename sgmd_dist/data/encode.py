@@ -1,0 +1,145 @@
+"""Text encoders: captions to the unpadded prompt embeddings that shards store."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from sgmd_dist.errors import UserError
+
+try:
+    import ftfy
+except ImportError:  # optional in diffusers' Wan pipeline too, which cleans prompts with it where it is installed
+    ftfy = None
+
+MAX_TOKENS = 512  # Wan's training length; diffusers' pipeline default
+TINY_MAX_TOKENS = 8
+_TINY_WIDTH = 32
+_SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]  # their places are their ids, T5's
+
+
+class TextEncoder:
+    """Tokenizer and text encoder of a diffusers folder (subfolders `tokenizer` and `text_encoder`)."""
+
+    def __init__(self, tokenizer: Any, encoder: transformers.PreTrainedModel, max_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        device: torch.device | str = "cpu",
+        max_tokens: int = MAX_TOKENS,
+    ) -> TextEncoder:
+        """Load from local files only; the class comes from `architectures` in text_encoder/config.json.
+
+        Captions are cut at `max_tokens`, or at the tokenizer's own model_max_length where that is shorter.
+        Raises UserError naming what is missing.
+        """
+        folder = Path(folder)
+        config_path = folder / "text_encoder" / "config.json"
+        for path in (config_path, folder / "tokenizer" / "tokenizer_config.json"):
+            if not path.is_file():
+                raise UserError(
+                    f"{path}: not found; expected a diffusers folder with tokenizer/ and text_encoder/ in {folder}"
+                )
+        encoder_class = _encoder_class(config_path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        encoder = encoder_class.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True)
+        return cls(tokenizer, encoder.to(device), min(max_tokens, tokenizer.model_max_length))
+
+    @property
+    def width(self) -> int:
+        """Embedding width D."""
+        return int(self.encoder.config.hidden_size)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], batch_size: int = 64) -> list[Tensor]:
+        """One `[n_tokens, D]` tensor per caption, in the encoder's dtype, on the CPU, without padding.
+
+        The Wan pipeline's embeddings before it pads them with zeros: cleaned text, special tokens included, at
+        most `max_tokens` tokens, n_tokens = the attention mask's length.
+        """
+        embeds: list[Tensor] = []
+        for start in range(0, len(captions), batch_size):
+            texts = [clean_caption(caption) for caption in captions[start : start + batch_size]]
+            tokens = self.tokenizer(
+                texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            ).to(self.encoder.device)
+            hidden = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.cpu()
+            lengths = tokens.attention_mask.sum(dim=1).tolist()
+            embeds.extend(row[:length].clone() for row, length in zip(hidden, lengths, strict=True))
+        return embeds
+
+
+def clean_caption(caption: str) -> str:
+    """The Wan pipeline's cleaning: mended encoding (with ftfy installed), HTML entities resolved, single blanks."""
+    if ftfy is not None:
+        caption = ftfy.fix_text(caption)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(caption))).strip()
+
+
+def _encoder_class(config_path: Path) -> type:
+    architectures = json.loads(config_path.read_text()).get("architectures") or ["AutoModel"]
+    encoder_class = getattr(transformers, architectures[0], None)
+    if encoder_class is None:
+        raise UserError(
+            f"{config_path}: architectures={architectures}: transformers {transformers.__version__} has no such class; "
+            "expected for example UMT5EncoderModel"
+        )
+    return encoder_class
+
+
+def make_tiny_text_encoder(folder: str | Path, captions: Sequence[str], seed: int = 0) -> None:
+    """Write `tokenizer/` and `text_encoder/` of a few thousand random, seeded parameters into `folder`.
+
+    A word-level tokenizer over the words of `captions` and a one-layer UMT5 encoder, in Wan's file layout. Random
+    weights suffice: every word has its own random direction, so captions that differ in a word stay well apart.
+    """
+    words = sorted({word for caption in captions for word in clean_caption(caption).split()})
+    tokenizer = _word_tokenizer(words)
+    tokenizer.save_pretrained(Path(folder) / "tokenizer")
+    config = transformers.UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=_TINY_WIDTH,
+        d_kv=16,
+        d_ff=_TINY_WIDTH,
+        num_heads=2,
+        num_layers=1,
+        num_decoder_layers=1,
+        dropout_rate=0.0,
+        pad_token_id=_SPECIAL_TOKENS.index("<pad>"),
+        eos_token_id=_SPECIAL_TOKENS.index("</s>"),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = transformers.UMT5EncoderModel(config)
+    encoder.save_pretrained(Path(folder) / "text_encoder")
+
+
+def _word_tokenizer(words: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: number for number, word in enumerate([*_SPECIAL_TOKENS, *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        model_max_length=TINY_MAX_TOKENS,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )

@@ -1,0 +1,176 @@
+"""What `data.shards` may say besides paths: sources that write their own shards once.
+
+`world:moving_shapes`   the synthetic video world, with latents
+`prompts:FILE`          one caption per line, for data-free distillation; the latent shape comes from `data.video`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from sgmd_dist.data.encode import TextEncoder
+from sgmd_dist.data.shards import ShardIndex, ShardWriter, consolidate, write_negative_prompt
+from sgmd_dist.data.world import NEGATIVE_PROMPT, World, write_world_shards
+from sgmd_dist.errors import UserError
+from sgmd_dist.models.base import LatentShape, VideoModel
+from sgmd_dist.recipe import Recipe, shard_list
+
+WORLD = "world:"
+PROMPTS = "prompts:"
+WORLDS = {"moving_shapes": World}
+WORLD_SAMPLES = 4096
+WORLD_SEED = 0
+
+
+def open_shards(recipe: Recipe, model: VideoModel) -> ShardIndex:
+    """The index of `data.shards`; shards that a source makes are written under `run.dir`/cache first.
+
+    Raises:
+        UserError: a source, file or folder is missing, or the shards do not fit the recipe's model.
+    """
+    check_sources(recipe)
+    paths = [str(_materialize(source, recipe, model)) for source in shard_list(recipe.data.shards)]
+    index = ShardIndex.open(paths)
+    _check_fit(index, recipe, model)
+    return index
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Look for everything that `data.shards` needs, without writing anything.
+
+    Raises:
+        UserError: something is missing; the message names the key.
+    """
+    for source in shard_list(recipe.data.shards):
+        if source.startswith(WORLD):
+            _world(source)
+            _text_encoder_folder(recipe)
+        elif source.startswith(PROMPTS):
+            _captions(source)
+            _text_encoder_folder(recipe)
+            if recipe.data.video is None:
+                raise UserError(
+                    f"data.shards = '{source}': set data.video to num_frames, height and width of the videos"
+                )
+        else:
+            ShardIndex.open(source)
+
+
+def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
+    if not source.startswith((WORLD, PROMPTS)):
+        return source
+    encoder_folder = _text_encoder_folder(recipe)
+    if source.startswith(WORLD):
+        world = _world(source)
+        facts = [source, WORLD_SAMPLES, WORLD_SEED, repr(world)]
+    else:
+        captions = _captions(source)
+        shape = _prompt_shape(recipe, model)
+        facts = [source, captions, shape]
+    digest = hashlib.sha256(json.dumps([*facts, str(encoder_folder.resolve())]).encode()).hexdigest()[:12]
+    folder = Path(recipe.run.dir) / "cache" / f"{source.partition(':')[0]}-{digest}"
+    if (folder / "index.json").exists():
+        return folder
+    encoder = TextEncoder.from_pretrained(
+        encoder_folder, torch.bfloat16 if source.startswith(PROMPTS) else torch.float32
+    )
+    if source.startswith(WORLD):
+        write_world_shards(folder, _world(source), encoder, num_samples=WORLD_SAMPLES, seed=WORLD_SEED)
+    else:
+        write_prompt_shards(folder, _captions(source), encoder, _prompt_shape(recipe, model))
+    return folder
+
+
+def captions_of(recipe: Recipe, file: Path | None = None) -> list[str]:
+    """The captions of `file`, or of the world or prompts file that `data.shards` names.
+
+    Raises:
+        UserError: neither is there.
+    """
+    source = f"{PROMPTS}{file}" if file is not None else shard_list(recipe.data.shards)[0]
+    if source.startswith(WORLD):
+        return _world(source).captions()
+    if source.startswith(PROMPTS):
+        return _captions(source)
+    raise UserError(f"data.shards = '{source}': name the captions with --prompts FILE, one per line")
+
+
+def latent_shape_of(recipe: Recipe, model: VideoModel) -> LatentShape:
+    """The latent shape (C, F, H, W) that the recipe's videos have: of `data.video`, the world, or the first shard."""
+    source = shard_list(recipe.data.shards)[0]
+    if recipe.data.video is not None:
+        return _prompt_shape(recipe, model)
+    if source.startswith(WORLD):
+        return _world(source).latent_shape
+    index = ShardIndex.open(source)
+    return index.latent_shape(index.buckets[0])
+
+
+def write_prompt_shards(folder: Path, captions: list[str], encoder: TextEncoder, latent_shape: LatentShape) -> None:
+    """Write caption-only shards: embeddings and the latent shape that rollouts take."""
+    embeds = encoder.encode(captions)
+    bucket = "x".join(map(str, latent_shape))
+    with ShardWriter(folder, latent_shape=latent_shape, bucket=bucket) as writer:
+        for number, (caption, embed) in enumerate(zip(captions, embeds, strict=True)):
+            writer.add(f"{number:08d}", embed.bfloat16(), caption, source="prompts")
+    write_negative_prompt(folder, encoder.encode([NEGATIVE_PROMPT])[0].bfloat16())
+    consolidate(folder)
+
+
+def _world(source: str) -> World:
+    name = source.removeprefix(WORLD)
+    if name not in WORLDS:
+        raise UserError(f"data.shards = '{source}': no such world; expected {WORLD}{' or '.join(WORLDS)}")
+    return WORLDS[name]()
+
+
+def _captions(source: str) -> list[str]:
+    path = Path(source.removeprefix(PROMPTS))
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        raise UserError(f"data.shards = '{source}': no such file (working directory {Path.cwd()})") from None
+    captions = [line for line in lines if line]
+    if not captions:
+        raise UserError(f"data.shards = '{source}': the file holds no captions; write one per line")
+    return captions
+
+
+def _text_encoder_folder(recipe: Recipe) -> Path:
+    key, folder = "data.text_encoder", recipe.data.text_encoder
+    if folder is None:
+        key, folder = "model.pretrained", recipe.model.pretrained
+    if folder is None or not (Path(folder) / "text_encoder").is_dir():
+        raise UserError(
+            f"{key} = {folder!r}: data.shards = {recipe.data.shards!r} needs a text encoder; set data.text_encoder to a"
+            " diffusers folder with text_encoder/ and tokenizer/"
+        )
+    return Path(folder)
+
+
+def _prompt_shape(recipe: Recipe, model: VideoModel) -> LatentShape:
+    video = recipe.data.video
+    assert video is not None, "check_sources asks for data.video"
+    return model.latent_shape(video.num_frames, video.height, video.width)
+
+
+def _check_fit(index: ShardIndex, recipe: Recipe, model: VideoModel) -> None:
+    width = index.negative_prompt().shape[-1]
+    if width != model.text_dim():
+        raise UserError(
+            f"data.shards = {recipe.data.shards!r}: prompt embeddings are {width} wide, the model's text_dim is"
+            f" {model.text_dim()}; prepare the shards with this model's text encoder"
+        )
+    smallest = model.smallest_latents()
+    for bucket in index.buckets:
+        shape = index.latent_shape(bucket)
+        divides = all(size % unit == 0 for size, unit in zip(shape[1:], smallest[1:], strict=True))
+        if shape[0] != smallest[0] or not divides:
+            raise UserError(
+                f"data.shards = {recipe.data.shards!r}: bucket {bucket} has latents {shape}; the model takes"
+                f" {smallest[0]} channels and frames, height, width in multiples of {smallest[1:]}"
+            )

@@ -1,0 +1,33 @@
+"""Errors that a person made and a person mends, and the exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_WRONG_INPUT = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved and willing to continue; a batch script requeues on it
+
+
+class UserError(ValueError):
+    """A wrong recipe, shard, checkpoint or launch.
+
+    The message is one line that names the file, the key and its value, says what was expected and how to
+    mend it. Commands print it and exit with code 2 instead of showing a traceback.
+    """
+
+
+def reports_user_errors(main: Callable[[], int | None]) -> Callable[[], int]:
+    """Wrap a command's `main`: print a `UserError` as one message on stderr and return exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped() -> int:
+        try:
+            return main() or EXIT_DONE
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return EXIT_WRONG_INPUT
+
+    return wrapped

@@ -1,0 +1,149 @@
+"""Metrics: recorded on the device with a reduction, reduced over ranks and written when logged."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+from loguru import logger
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Reduction = Literal["mean", "sum"]
+
+
+class Metrics:
+    """Collects scalars between two log lines. Nothing leaves the device before `flush`.
+
+    Every rank records the same names in the same order, as control flow is equal on all ranks.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._reductions: dict[str, Reduction] = {}
+        self._timers: dict[str, list[_Timer]] = {}
+
+    def record(self, name: str, value: Tensor | float, reduce: Reduction = "mean") -> None:
+        """Add a scalar. `mean` averages over records and ranks; `sum` adds over records and ranks."""
+        value = torch.as_tensor(value, dtype=torch.float32, device=self._device).detach()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+        self._reductions[name] = reduce
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Measure the seconds of a block, on the device's clock, as the metric `name` (mean)."""
+        timer = _Timer(self._device)
+        yield
+        timer.stop()
+        self._timers.setdefault(name, []).append(timer)
+
+    def flush(self) -> dict[str, float]:
+        """Reduce over ranks, return the scalars by name, and begin anew."""
+        for name, timers in self._timers.items():
+            for timer in timers:
+                self.record(name, timer.seconds())
+        names = list(self._sums)
+        if not names:
+            return {}
+        packed = torch.stack([self._sums[name] / self._divisor(name) for name in names])
+        dist.all_reduce(packed)
+        result = dict(zip(names, packed.tolist(), strict=True))
+        self._sums, self._counts, self._reductions, self._timers = {}, {}, {}, {}
+        return result
+
+    def _divisor(self, name: str) -> int:
+        return self._counts[name] * dist.get_world_size() if self._reductions[name] == "mean" else 1
+
+
+class _Timer:
+    """Seconds between construction and `stop`: CUDA events on a GPU, so that nothing waits; else wall time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: list[torch.cuda.Event] = []
+        self._cuda = device.type == "cuda"
+        self._start = self._now()
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        self._stop = self._now()
+
+    def seconds(self) -> float:
+        if not self._cuda:
+            return self._stop - self._start
+        self._stop.synchronize()
+        return self._start.elapsed_time(self._stop) / 1000
+
+
+class RunLog(AbstractContextManager["RunLog"]):
+    """Where the main rank writes: metrics.jsonl, TensorBoard and a progress bar. Other ranks write nothing."""
+
+    def __init__(self, run_dir: Path, *, is_main: bool, tensorboard: bool, first_step: int, num_steps: int) -> None:
+        self._is_main = is_main
+        self._path = run_dir / "metrics.jsonl"
+        self._writer = SummaryWriter(str(run_dir / "tensorboard")) if is_main and tensorboard else None
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, unit="step", disable=not is_main, dynamic_ncols=True, mininterval=1.0
+        )
+        if is_main:
+            _cut_after(self._path, first_step)
+
+    def step(self) -> None:
+        """Advance the progress bar."""
+        self._bar.update()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Write the scalars of the steps up to and including optimizer step number `step` (from 1)."""
+        if not self._is_main:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **scalars}) + "\n")
+        if self._writer is not None:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+        shown = {name.split("/")[-1]: f"{value:.3g}" for name, value in scalars.items() if name.endswith("motion")}
+        self._bar.set_postfix(shown)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop lines of steps that a resumed run will do again, and a line that a kill left half-written."""
+    if not path.exists():
+        return
+    kept, dropped = [], 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= step
+        except (ValueError, KeyError):
+            keep = False
+        kept, dropped = ([*kept, line], dropped) if keep else (kept, dropped + 1)
+    if dropped:
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        aside.replace(path)
+        logger.info("{}: dropped {} lines after step {}, which are done again", path, dropped, step)

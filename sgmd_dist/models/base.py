@@ -1,0 +1,73 @@
+"""What a model family tells the rest of the project.
+
+A family's module defines `Section` (its part of a recipe) and `build(section, pretrained, key)`, which returns a
+`VideoModel`. The object holds no weights: it builds a network, names its parts, and feeds it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+LatentShape = tuple[int, int, int, int]  # (C, F, H, W) of one video's latents
+
+
+class VideoModel(Protocol):
+    """One network architecture with its conventions."""
+
+    config: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        """The network, on the current default device (`torch.device("meta")` as a context builds it empty)."""
+        ...
+
+    def blocks(self, module: nn.Module) -> list[nn.Module]:
+        """The repeated blocks, in forward order: the units of checkpointing, compilation and sharding."""
+        ...
+
+    def reset_buffers(self, module: nn.Module) -> None:
+        """Recompute buffers that no file holds, on the parameters' device, after the network left meta."""
+        ...
+
+    def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Random initial value of the parameter `name`: float32 on the CPU, a function of (name, seed)."""
+        ...
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files of the pretrained network; empty where it starts from random weights."""
+        ...
+
+    def velocity(self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Run the network.
+
+        Args:
+            latents: `[B, C, F, H, W]`, any float dtype; cast to the compute dtype here.
+            sigma: `[B]` noise levels in [0, 1], float32.
+            prompt_embeds: `[B, T, D]`.
+
+        Returns:
+            The velocity `[B, C, F, H, W]`, float32.
+        """
+        ...
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
+        """Latent shape of a video of so many frames and pixels, by the strides of the family's VAE."""
+        ...
+
+    def smallest_latents(self) -> LatentShape:
+        """The smallest shape that the network accepts, for warm-up runs."""
+        ...
+
+    def text_dim(self) -> int:
+        """Width D of the prompt embeddings."""
+        ...
+
+    def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+        """Write a full (unsharded) state dict as the family's diffusers folder."""
+        ...
+
+    def read_export(self, folder: Path) -> dict[str, Tensor]:
+        """Load an exported folder with diffusers' own loader; returns its state dict."""
+        ...

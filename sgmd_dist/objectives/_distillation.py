@@ -1,0 +1,214 @@
+"""What score-distillation objectives share: their recipe keys, rollouts, renoising, guided teacher, cadence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sgmd_dist import flow, rng
+from sgmd_dist.batch import Batch
+from sgmd_dist.objectives.base import Losses, Phase, StepState, motion, per_sample_mean
+from sgmd_dist.recipe import ObjectiveSection
+from sgmd_dist.roles import Roles
+from sgmd_dist.rollout import GuidanceMode, backward_simulation, guided
+from sgmd_dist.schedule import Positive, UnitInterval, constant
+
+NORMALIZER_EPS = 1e-8
+
+
+class DistillationSection(ObjectiveSection):
+    """Keys of every objective that distils a teacher with the help of a fake score.
+
+    guidance_scale: of the teacher, diffusers' convention: 1.0 = none.
+    guidance: the guided teacher's two conditions as one `batched` forward or two `separate` ones; equal results.
+    student_steps, sigma_shift: the few-step chain's length K and time shift.
+    rollout: how samples come about: `euler` steps, `renoise` between steps, or `data`: real latents noised to
+        the exit step (no rollout; needs shards with latents).
+    exit_draw: `independent` draws per exit group, or `stratified` over the K steps.
+    sigma_min, sigma_max: clamp of the renoising levels, drawn with the same time shift.
+    fake_updates: fake-score updates after each generator update.
+    inner_sample: `fresh` rolls out new samples for each fake update; `reuse` takes the generator phase's.
+    """
+
+    guidance_scale: Positive = constant(3.0)
+    guidance: GuidanceMode = "batched"
+    student_steps: int = Field(4, ge=1)
+    sigma_shift: float = Field(5.0, gt=0)
+    rollout: Literal["euler", "renoise", "data"] = "euler"
+    exit_draw: Literal["independent", "stratified"] = "independent"
+    sigma_min: UnitInterval = constant(0.02)
+    sigma_max: UnitInterval = constant(0.98)
+    fake_updates: Positive = constant(1)
+    inner_sample: Literal["fresh", "reuse"] = "fresh"
+
+    @model_validator(mode="after")
+    def _sigma_range(self) -> DistillationSection:
+        if max(self.sigma_min.values()) > min(self.sigma_max.values()):
+            raise ValueError("a range with sigma_min <= sigma_max at every step")
+        if min(self.fake_updates.values()) < 1:
+            raise ValueError("fake_updates >= 1 at every step")
+        return self
+
+    def num_fake_updates(self, step: int) -> int:
+        return round(self.fake_updates.at(step))
+
+
+@dataclass(frozen=True)
+class Renoised:
+    """Samples brought to noise levels: x_sigma = (1 - sigma) x0 + sigma noise."""
+
+    x_sigma: Tensor
+    sigma: Tensor
+    noise: Tensor
+
+
+class Distillation:
+    """Base of the objectives: one generator update on `generator_loss`, then the fake score's updates."""
+
+    def __init__(self, section: DistillationSection) -> None:
+        self.roles = {"teacher": False, "generator": True, "fake_score": True}
+        self.section = section
+        self.sigmas = flow.sampling_sigmas(section.student_steps, section.sigma_shift)
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        reuse = self.section.inner_sample == "reuse"
+        fake = [
+            Phase("fake_score", partial(self._fake_phase, update=i), "same" if reuse else "next")
+            for i in range(self.section.num_fake_updates(step))
+        ]
+        return [Phase("generator", self._generator_phase), *fake]
+
+    def generator_loss(self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor) -> Losses:
+        """The generator's loss on its sample `x_g` `[B, C, F, H, W]`, which carries the graph."""
+        raise NotImplementedError
+
+    def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:
+        """The fake score's loss per sample `[B]` at the velocity that it predicts."""
+        raise NotImplementedError
+
+    def extra_generator_loss(self, roles: Roles, batch: Batch, state: StepState, noise: Tensor) -> ExtraLoss | None:
+        """A loss on the generator's first step; None where the objective has none at this step."""
+        return None
+
+    def min_exit(self, step: int) -> int:
+        """The first step of the chain at which a rollout may exit, at optimizer step `step`."""
+        return 0
+
+    def _generator_phase(self, roles: Roles, batch: Batch, state: StepState) -> Losses:
+        noise = draw_noise("rollout", batch, state)
+        extra = self.extra_generator_loss(roles, batch, state, noise)
+        x_g = self._rollout(roles, batch, state, "rollout", noise, None if extra is None else extra.first_velocity)
+        if self.section.inner_sample == "reuse":
+            state.samples[state.unit_index] = x_g.detach()
+        losses = self.generator_loss(roles, batch, state, x_g)
+        losses.metrics["generator/motion"] = motion(x_g)
+        if extra is not None:
+            losses.per_sample = losses.per_sample + extra.per_sample
+            losses.metrics["generator/diversity"] = extra.per_sample.detach().mean()
+        return losses
+
+    def _fake_phase(self, roles: Roles, batch: Batch, state: StepState, *, update: int) -> Losses:
+        if self.section.inner_sample == "reuse":
+            x_g = state.samples[state.unit_index]
+        else:
+            purpose = "fake_rollout"
+            noise = draw_noise(purpose, batch, state, update)
+            with torch.no_grad():
+                x_g = self._rollout(roles, batch, state, purpose, noise, None, update)
+        renoised = self.renoise(x_g, batch, state, "fake", update)
+        velocity = roles["fake_score"](renoised.x_sigma, renoised.sigma, batch.prompt_embeds)
+        loss = self.fake_loss(velocity, renoised.noise, x_g, state.step)
+        return Losses(loss, {"fake_score/loss": loss.detach().mean()})
+
+    def _rollout(
+        self,
+        roles: Roles,
+        batch: Batch,
+        state: StepState,
+        purpose: str,
+        noise: Tensor,
+        first_velocity: Tensor | None,
+        update: int = 0,
+    ) -> Tensor:
+        exit_index = self.exit_index(state, purpose, update)
+        generator = guided(roles["generator"], batch.prompt_embeds, batch.negative_embeds, 1.0)
+        if self.section.rollout == "data":
+            assert batch.latents is not None, "objective.rollout = data needs real latents"
+            sigma = torch.full((batch.size,), self.sigmas[exit_index], device=noise.device)
+            x = flow.add_noise(batch.latents.float(), noise, sigma)
+            return flow.x0_from_velocity(x, generator(x, sigma), sigma)
+
+        def fresh_noise(i: int) -> Tensor:
+            return draw_noise(f"{purpose}/renoise", batch, state, update, i)
+
+        renoise = fresh_noise if self.section.rollout == "renoise" else None
+        return backward_simulation(
+            generator, noise, self.sigmas, exit_index, renoise=renoise, first_velocity=first_velocity
+        )
+
+    def exit_index(self, state: StepState, purpose: str, update: int = 0) -> int:
+        """The exit step of the current micro-batch: a draw per exit group, equal on all ranks."""
+        section = self.section
+        first, group = self.min_exit(state.step), state.group(section.exit_groups)
+        choices = section.student_steps - first
+        if section.exit_draw == "independent":
+            return first + rng.integer(choices, state.seed, f"{purpose}/exit", state.step, group, update)
+        round_number, place = divmod(group, choices)
+        order = rng.permutation(choices, state.seed, f"{purpose}/exit", state.step, round_number, update)
+        return first + order[place]
+
+    def renoise(self, x_g: Tensor, batch: Batch, state: StepState, purpose: str, update: int = 0) -> Renoised:
+        """x_g at random noise levels with fresh noise, one level per sample; keeps x_g's graph."""
+        u = rng.sample_uniform(state.seed, f"{purpose}/sigma", batch.ids, update, device=x_g.device)
+        low, high = self.section.sigma_min.at(state.step), self.section.sigma_max.at(state.step)
+        sigma = flow.renoise_sigma(u, self.section.sigma_shift, low, high).float()
+        noise = draw_noise(f"{purpose}/noise", batch, state, update)
+        return Renoised(flow.add_noise(x_g, noise, sigma), sigma, noise)
+
+    def scores(self, roles: Roles, batch: Batch, state: StepState, at: Renoised) -> tuple[Tensor, Tensor]:
+        """x0-predictions (fake, guided teacher) at `at.x_sigma`; the teacher's without gradient."""
+        fake = roles["fake_score"](at.x_sigma, at.sigma, batch.prompt_embeds)
+        with torch.no_grad():
+            teacher = self.teacher_velocity(roles, batch, state)(at.x_sigma.detach(), at.sigma)
+        x0_fake = flow.x0_from_velocity(at.x_sigma, fake, at.sigma)
+        return x0_fake, flow.x0_from_velocity(at.x_sigma.detach(), teacher, at.sigma)
+
+    def teacher_velocity(self, roles: Roles, batch: Batch, state: StepState) -> flow.Velocity:
+        """The guided teacher as a function of (x, sigma)."""
+        scale = self.section.guidance_scale.at(state.step)
+        return guided(roles["teacher"], batch.prompt_embeds, batch.negative_embeds, scale, self.section.guidance)
+
+
+@dataclass(frozen=True)
+class ExtraLoss:
+    """A loss per sample `[B]` on the generator's first step, and that step's velocity, which rollouts reuse."""
+
+    per_sample: Tensor
+    first_velocity: Tensor
+
+
+def draw_noise(purpose: str, batch: Batch, state: StepState, *counters: int) -> Tensor:
+    """Standard normal noise of the batch's latent shape, keyed by the samples' places in the stream."""
+    device = batch.prompt_embeds.device
+    return rng.sample_normal(batch.latent_shape, state.seed, purpose, batch.ids, *counters, device=device)
+
+
+def teacher_distance(x_g: Tensor, x0_teacher: Tensor) -> Tensor:
+    """n = mean |x_g - f_T| per sample, `[B]`, without gradient: the normalizer of DMD2 and SGMD."""
+    return per_sample_mean((x_g.detach() - x0_teacher.detach()).abs())
+
+
+def score_metrics(x_g: Tensor, x0_fake: Tensor, x0_teacher: Tensor, normalizer: Tensor) -> dict[str, Tensor]:
+    """Scalars to watch: the fake's tracking residual ½ (f_F - x_g)² / n and the gap mean |f_T - f_F|."""
+    residual = per_sample_mean((x0_fake.detach() - x_g.detach()) ** 2) / (2 * (normalizer + NORMALIZER_EPS))
+    return {
+        "fake_score/residual": residual.mean(),
+        "generator/teacher_fake_gap": (x0_fake.detach() - x0_teacher).abs().mean(),
+        "generator/teacher_distance": normalizer.mean(),
+    }

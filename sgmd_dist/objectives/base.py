@@ -1,0 +1,84 @@
+"""The interface between an objective and the training loop.
+
+An objective's module defines `Section` (its part of a recipe) and `build(section)`, which returns an `Objective`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sgmd_dist.batch import Batch
+from sgmd_dist.roles import Roles
+
+
+@dataclass
+class Losses:
+    """What a micro-batch gives: the loss per sample `[B]` with its graph, and scalars for the metrics."""
+
+    per_sample: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class StepState:
+    """What the phases of one optimizer step share.
+
+    Attributes:
+        step: optimizer step, from 0.
+        seed: the run's seed.
+        num_units: micro-batches per phase over all data-parallel ranks.
+        unit_index: the current micro-batch's number in its phase, in {0, ..., num_units - 1}.
+        samples: generated samples of this step by `unit_index`, detached, for phases that reuse them.
+        batches: the batches they were generated from.
+    """
+
+    step: int
+    seed: int
+    num_units: int
+    unit_index: int = 0
+    samples: dict[int, Tensor] = field(default_factory=dict)
+    batches: dict[int, Batch] = field(default_factory=dict)
+
+    def group(self, num_groups: int) -> int:
+        """The exit group of the current micro-batch: units are cut into equal consecutive groups."""
+        return self.unit_index * num_groups // self.num_units
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimizer update: the role to train, its loss, and where its batches come from.
+
+    `data`: `next` takes the next units of the stream, `same` the batches that the step's first phase took.
+    """
+
+    role: str
+    loss: Callable[[Roles, Batch, StepState], Losses]
+    data: Literal["next", "same"] = "next"
+
+
+class Objective(Protocol):
+    """A training objective. `roles` maps each role that it needs to whether the role is trained."""
+
+    roles: dict[str, bool]
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        """The updates of optimizer step `step`, in order: cadence lives here and nowhere else."""
+        ...
+
+
+def per_sample_mean(x: Tensor) -> Tensor:
+    """Mean over all dims but the batch: `[B, ...]` to `[B]`."""
+    return x.flatten(1).mean(1)
+
+
+def motion(latents: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring latent frames, `[B, C, F, H, W]` to a scalar."""
+    latents = latents.detach()
+    if latents.shape[2] < 2:
+        return torch.zeros((), device=latents.device)
+    return (latents[:, :, 1:] - latents[:, :, :-1]).abs().mean()

@@ -1,0 +1,67 @@
+"""Flow matching on real latents (arXiv 2210.02747): trains a teacher, as the role `generator`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sgmd_dist import flow, rng
+from sgmd_dist.batch import Batch
+from sgmd_dist.errors import UserError
+from sgmd_dist.objectives.base import Losses, Phase, StepState, per_sample_mean
+from sgmd_dist.recipe import ObjectiveSection
+from sgmd_dist.roles import Roles
+
+
+class Section(ObjectiveSection):
+    """`objective` section of flow matching.
+
+    sigma_shift: time shift of the uniformly drawn noise levels.
+    caption_dropout: share of samples that see the negative prompt instead, so that guidance works later.
+    """
+
+    name: Literal["flow_matching"] = "flow_matching"
+    sigma_shift: float = Field(1.0, gt=0)
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+
+
+def flow_matching_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """MSE(v, noise - x0) per sample, `[B]`."""
+    return per_sample_mean((velocity - flow.velocity_target(x0, noise)) ** 2)
+
+
+def build(section: Section) -> FlowMatching:
+    """The objective of a recipe's section."""
+    return FlowMatching(section)
+
+
+class FlowMatching:
+    """Regression of the velocity at random noise levels of real latents."""
+
+    def __init__(self, section: Section) -> None:
+        self.roles = {"generator": True}
+        self.section = section
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return [Phase("generator", self._loss)]
+
+    def _loss(self, roles: Roles, batch: Batch, state: StepState) -> Losses:
+        if batch.latents is None:
+            raise UserError("data.shards: objective flow_matching needs latents; these shards hold captions only")
+        device, seed = batch.latents.device, state.seed
+        x0 = batch.latents.float()
+        noise = rng.sample_normal(batch.latent_shape, seed, "flow/noise", batch.ids, device=device)
+        u = rng.sample_uniform(seed, "flow/sigma", batch.ids, device=device)
+        sigma = flow.shift_sigma(u, self.section.sigma_shift).float()
+        velocity = roles["generator"](flow.add_noise(x0, noise, sigma), sigma, self._captions(batch, seed))
+        loss = flow_matching_loss(velocity, x0, noise)
+        return Losses(loss, {"generator/loss": loss.detach().mean()})
+
+    def _captions(self, batch: Batch, seed: int) -> Tensor:
+        u = rng.sample_uniform(seed, "flow/caption_dropout", batch.ids, device=batch.prompt_embeds.device)
+        keep = (u >= self.section.caption_dropout)[:, None, None]
+        return torch.where(keep, batch.prompt_embeds, batch.negative_embeds)

@@ -1,0 +1,83 @@
+"""Process groups and the device mesh of a run."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sgmd_dist.recipe import Layout
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. `fsdp` is the mesh over which parameters lie: (dp_shard,) or (dp_replicate, dp_shard).
+
+    `dp_rank` numbers the ranks that read different data, `dp_size` of them.
+    """
+
+    layout: Layout
+    device: torch.device
+    rank: int
+    fsdp: DeviceMesh
+    dp_rank: int
+
+    @property
+    def dp_size(self) -> int:
+        return self.layout.dp_size
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and talks to people."""
+        return self.rank == 0
+
+
+def world_size() -> int:
+    """The number of ranks that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the launcher's process group for the length of the context; yields this rank's device.
+
+    Without a launcher (`python launch/train.py`) the group has this process alone. CUDA ranks also get a gloo
+    group for CPU tensors.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield device
+    finally:
+        gc.collect()  # gloo aborts at interpreter exit while a mesh still holds a group
+        dist.destroy_process_group()
+
+
+def build_mesh(layout: Layout, device: torch.device) -> Mesh:
+    """The mesh of `layout` over the initialized default process group."""
+    assert dist.get_world_size() == layout.world_size, "the layout is for another number of ranks"
+    shard_size = layout.dp_shard * layout.sequence_size
+    if layout.dp_replicate == 1:
+        fsdp = init_device_mesh(device.type, (shard_size,), mesh_dim_names=("dp_shard",))
+    else:
+        sizes = (layout.dp_replicate, shard_size)
+        fsdp = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp_shard"))
+    rank = dist.get_rank()
+    return Mesh(layout, device, rank, fsdp, dp_rank=rank // layout.sequence_size)

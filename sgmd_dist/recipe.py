@@ -1,0 +1,361 @@
+"""The recipe: what a run is, as frozen pydantic sections. `sgmd_dist.recipe_file` reads it from YAML.
+
+The `objective` and `model` sections belong to their plug-ins: `objective.name` and `model.family` name a module
+in `sgmd_dist/objectives` or `sgmd_dist/models`, whose `Section` class extends the one here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from sgmd_dist import registry
+from sgmd_dist.errors import UserError
+from sgmd_dist.schedule import NonNegative, Positive, UnitInterval, constant
+
+RoleName = Literal["teacher", "generator", "fake_score"]
+DType = Literal["bfloat16", "float32"]
+KIND_OF_SECTION = {"model": registry.MODELS, "objective": registry.OBJECTIVES}
+
+
+def wrong(message: str) -> PydanticCustomError:
+    """A validation error whose text is `message`; the loader adds file, key and value."""
+    return PydanticCustomError("recipe", "{message}", {"message": message})
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, every key known, every default valid, every number finite.
+
+    A field's `description`, where it has one, says what its value must be: messages show it after "expected".
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse booleans where pydantic would read them as 1 and 0."""
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            if annotation is not bool and bool not in get_args(annotation):
+                raise PydanticCustomError("bool", "not a boolean")
+        return value
+
+
+class RunSection(Section):
+    """Name, place and length of the run.
+
+    `resume`: `auto` continues from the newest committed checkpoint of `dir`, `never` starts anew (and refuses
+    a folder with checkpoints unless `overwrite` is set), a path continues from that checkpoint or run.
+    """
+
+    name: str = "run"
+    dir: str = "runs/run"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    steps: int = Field(default=1000, ge=1)
+    resume: str = "auto"
+    log_every: int = Field(default=10, ge=1)
+
+
+class RoleModel(Section):
+    """Where one role differs from the `model` section: its weights and the dtype in which they are kept.
+
+    `dtype` defaults to `model.compute_dtype` for the frozen teacher and to float32 for the trained roles.
+    """
+
+    pretrained: str | None = None
+    dtype: DType | None = None
+
+
+class TrainedRoleModel(RoleModel):
+    """A trained role: its master weights are float32 under mixed precision."""
+
+    dtype: Literal["float32"] | None = Field(
+        default=None,
+        description="float32: a trained role keeps float32 master weights and computes in model.compute_dtype",
+    )
+
+
+class ModelSection(Section):
+    """Keys that every model family has; a family's own `Section` adds `config` and what else it needs.
+
+    `pretrained` is a local diffusers folder: a pipeline, or its transformer's folder. Without it the network
+    starts from random weights made from `config`. Relative paths start at the working directory.
+    """
+
+    family: str
+    pretrained: str | None = None
+    compute_dtype: DType = "bfloat16"
+    text_tokens: int = Field(default=512, ge=1)
+    teacher: RoleModel = RoleModel()
+    generator: TrainedRoleModel = TrainedRoleModel()
+    fake_score: TrainedRoleModel = TrainedRoleModel()
+
+    def for_role(self, role: str) -> RoleModel:
+        """The role's section with every default filled in."""
+        own: RoleModel = getattr(self, role)
+        dtype = self.compute_dtype if role == "teacher" else "float32"
+        return RoleModel(pretrained=own.pretrained or self.pretrained, dtype=own.dtype or dtype)
+
+
+class ObjectiveSection(Section):
+    """Keys that every objective has; each objective's own `Section` adds its loss schedule."""
+
+    name: str
+    exit_groups: int = Field(default=1, ge=1)
+
+
+class AdamWSection(Section):
+    """torch.optim.AdamW for one role. `lr` may be a schedule; `optim.schedule` multiplies it."""
+
+    lr: Positive = constant(2e-6)
+    betas: tuple[float, float] = Field(default=(0.0, 0.999), description="two numbers in [0, 1), as in [0.0, 0.999]")
+    weight_decay: float = Field(default=0.01, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise wrong("expected two numbers in [0, 1), as in [0.0, 0.999]")
+        return betas
+
+
+class LrScheduleSection(Section):
+    """Factor on every learning rate: `warmup_steps` linear from 0, then constant, or down to `final_ratio`
+    at `run.steps` along a line or a cosine."""
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    final_ratio: float = Field(default=0.0, ge=0, le=1)
+
+
+class EmaSection(Section):
+    """Exponential moving average of the generator: ema <- decay ema + (1 - decay) generator, from `start_step`
+    on; a plain copy before. `decay: 0` keeps the EMA equal to the generator."""
+
+    decay: UnitInterval = constant(0.99)
+    start_step: int = Field(default=0, ge=0)
+
+
+class OptimSection(Section):
+    """Optimizers of the trained roles, gradient clipping, learning-rate schedule and EMA."""
+
+    generator: AdamWSection = AdamWSection()
+    fake_score: AdamWSection = AdamWSection()
+    max_grad_norm: NonNegative = constant(10.0)
+    schedule: LrScheduleSection = LrScheduleSection()
+    ema: EmaSection = EmaSection()
+
+
+class VideoSection(Section):
+    """Size of the videos to generate, in frames and pixels."""
+
+    num_frames: int = Field(default=81, ge=1)
+    height: int = Field(default=480, ge=1)
+    width: int = Field(default=832, ge=1)
+
+
+class DataSection(Section):
+    """The stream. `shards`: a folder, a pattern, a list of them, `prompts:FILE` or `world:moving_shapes`.
+    The last two are encoded once with `text_encoder` (default: model.pretrained), prompts for videos of `video`.
+
+    `global_batch_size` is what one optimizer step sees on any number of ranks; `lanes` and `window` shape the
+    order (a lane is read front to back, shuffled inside windows). `on_error: skip` delivers an unreadable sample
+    with weight 0, at most `max_skips` times.
+    """
+
+    shards: str | list[str] = Field(
+        description="a folder, a pattern, prompts:FILE, world:moving_shapes, or a list of those"
+    )
+    global_batch_size: int = Field(default=64, ge=1)
+    micro_batch_size: int = Field(default=1, ge=1)
+    on_error: Literal["raise", "skip"] = "raise"
+    max_skips: int = Field(default=0, ge=0)
+    lanes: int = Field(default=64, ge=1)
+    window: int = Field(default=1024, ge=1)
+    threads: int = Field(default=1, ge=1, le=8)
+    text_encoder: str | None = None
+    video: VideoSection | None = None
+
+    @field_validator("shards")
+    @classmethod
+    def _not_empty(cls, shards: str | list[str]) -> str | list[str]:
+        if not shards or "" in shard_list(shards):
+            raise PydanticCustomError("empty", "empty")
+        return shards
+
+
+class ParallelSection(Section):
+    """Mesh axes and how blocks run. `dp_shard: -1` takes the ranks that the other axes leave.
+
+    `activation_checkpointing: block` recomputes each block in the backward pass. `compile` compiles each block.
+    """
+
+    dp_replicate: int = Field(default=1, ge=1)
+    dp_shard: int = Field(default=-1, ge=-1, description="-1 (the ranks that the other axes leave) or an integer >= 1")
+    ulysses: int = Field(default=1, ge=1)
+    ring: int = Field(default=1, ge=1)
+    activation_checkpointing: Literal["none", "block"] = "block"
+    compile: bool = False
+
+    @field_validator("dp_shard")
+    @classmethod
+    def _dp_shard(cls, dp_shard: int) -> int:
+        if dp_shard == 0:
+            raise wrong("expected -1 (the ranks that the other axes leave) or an integer >= 1")
+        return dp_shard
+
+    @field_validator("ulysses", "ring")
+    @classmethod
+    def _one_sequence_rank(cls, degree: int) -> int:
+        if degree != 1:
+            raise wrong("this version does not split sequences over ranks; set 1")
+        return degree
+
+
+class CheckpointSection(Section):
+    """A checkpoint every `every` steps and at the end; the newest `keep` stay."""
+
+    every: int = Field(default=500, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class LoggingSection(Section):
+    """Where metrics go beside metrics.jsonl and the progress bar."""
+
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a recipe lies on `world_size` ranks. `num_units` micro-batches make one optimizer step."""
+
+    world_size: int
+    dp_replicate: int
+    dp_shard: int
+    ring: int
+    ulysses: int
+    num_units: int
+    accumulation: int
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def sequence_size(self) -> int:
+        return self.ring * self.ulysses
+
+
+class Recipe(Section):
+    """A whole run. Build it with `sgmd_dist.recipe_file.load_recipe`."""
+
+    run: RunSection = RunSection()
+    model: SerializeAsAny[ModelSection]
+    objective: SerializeAsAny[ObjectiveSection]
+    optim: OptimSection = OptimSection()
+    data: DataSection
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+
+    def layout(self, world_size: int) -> Layout:
+        """Place the recipe on `world_size` ranks.
+
+        Raises:
+            UserError: ranks, batch sizes or exit groups do not divide; the message has the numbers.
+        """
+        dp_shard = self._dp_shard(world_size)
+        dp_size = self.parallel.dp_replicate * dp_shard
+        num_units = self._units_per_step(dp_size)
+        return Layout(
+            world_size=world_size,
+            dp_replicate=self.parallel.dp_replicate,
+            dp_shard=dp_shard,
+            ring=self.parallel.ring,
+            ulysses=self.parallel.ulysses,
+            num_units=num_units,
+            accumulation=num_units // dp_size,
+        )
+
+    def _dp_shard(self, world_size: int) -> int:
+        axes = self.parallel
+        others = axes.dp_replicate * axes.ring * axes.ulysses
+        product = f"dp_replicate {axes.dp_replicate} x ring {axes.ring} x ulysses {axes.ulysses}"
+        if axes.dp_shard == -1:
+            if world_size < 1 or world_size % others:
+                raise UserError(
+                    f"parallel.dp_replicate = {axes.dp_replicate}: {world_size} ranks are not a multiple of {product}"
+                    f" = {others}; start a multiple of {others} ranks or change these axes"
+                )
+            return world_size // others
+        if axes.dp_shard * others != world_size:
+            raise UserError(
+                f"parallel.dp_shard = {axes.dp_shard}: {product} x dp_shard {axes.dp_shard} makes"
+                f" {axes.dp_shard * others} ranks, not {world_size}; set it to -1 (the rest) or start"
+                f" {axes.dp_shard * others} ranks"
+            )
+        return axes.dp_shard
+
+    def _units_per_step(self, dp_size: int) -> int:
+        batch, micro = self.data.global_batch_size, self.data.micro_batch_size
+        if batch % (micro * dp_size):
+            raise UserError(
+                f"data.global_batch_size = {batch} is not a multiple of data.micro_batch_size {micro} x data-parallel"
+                f" size {dp_size} = {micro * dp_size}; {_nearest_multiple(batch, micro * dp_size)}"
+            )
+        num_units, groups = batch // micro, self.objective.exit_groups
+        if num_units % groups or (num_units // groups) % dp_size:
+            raise UserError(
+                f"objective.exit_groups = {groups}: the {num_units} micro-batches of a step must split into {groups}"
+                f" equal groups, each a multiple of the data-parallel size {dp_size}; choose a divisor of"
+                f" {num_units // dp_size}"
+            )
+        return num_units
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, in plain types: what is written to the run folder."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def _nearest_multiple(value: int, factor: int) -> str:
+    lower = value // factor * factor
+    return f"set it to {lower + factor}" if lower == 0 else f"set it to {lower} or {lower + factor}"
+
+
+def recipe_class(plugins: dict[str, str]) -> type[Recipe]:
+    """`Recipe` with the sections of the named plug-ins, as in `{"model": "wan", "objective": "sgmd"}`.
+
+    The same names give the same class, so that two equal recipes compare equal.
+
+    Raises:
+        UserError: a name is not known.
+    """
+    return _recipe_class(tuple(sorted(plugins.items())))
+
+
+@cache
+def _recipe_class(plugins: tuple[tuple[str, str], ...]) -> type[Recipe]:
+    sections: Any = {field: (registry.load(KIND_OF_SECTION[field], name).Section, ...) for field, name in plugins}
+    return create_model("Recipe", __base__=Recipe, **sections)
+
+
+def shard_list(shards: str | Sequence[str]) -> list[str]:
+    """`data.shards` as a list."""
+    return [shards] if isinstance(shards, str) else list(shards)

@@ -1,0 +1,86 @@
+"""Randomness as a function: every draw is keyed by what it is for, never by rank or by call order.
+
+A draw's key folds (seed, purpose, counters...) with chained splitmix64 steps. Scalars come straight from the
+key; tensors come from numpy's Philox, a counter-based generator, started at that key and always evaluated on
+the CPU, so that a laptop and a GPU cluster see the same noise and a resumed run needs no generator state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SampleId:
+    """Where a sample stands in the stream: epoch, unit (the micro-batch's number) and index in the unit."""
+
+    epoch: int
+    unit: int
+    index: int
+
+
+def splitmix64(value: int) -> int:
+    """One step of the splitmix64 mixer (Steele, Lea, Flood 2014): 64-bit integer to 64-bit integer."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+@cache
+def _purpose_number(purpose: str) -> int:
+    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
+
+
+def key(seed: int, purpose: str, *counters: int) -> int:
+    """64-bit key of a draw. Different purposes or counters give independent keys."""
+    state = splitmix64(seed & _MASK)
+    for part in (_purpose_number(purpose), len(counters), *counters):
+        state = splitmix64(state ^ (part & _MASK))
+    return state
+
+
+def uniform(seed: int, purpose: str, *counters: int) -> float:
+    """A float64 draw from [0, 1)."""
+    return (key(seed, purpose, *counters) >> 11) / float(1 << 53)
+
+
+def integer(high: int, seed: int, purpose: str, *counters: int) -> int:
+    """An integer draw from {0, ..., high - 1}."""
+    return (key(seed, purpose, *counters) * high) >> 64
+
+
+def permutation(size: int, seed: int, purpose: str, *counters: int) -> list[int]:
+    """A random order of {0, ..., size - 1}."""
+    return sorted(range(size), key=lambda i: key(seed, purpose, *counters, i))
+
+
+def normal(shape: Sequence[int], seed: int, purpose: str, *counters: int) -> Tensor:
+    """Standard normal noise of `shape`, float32, on the CPU."""
+    philox = np.random.Philox(key=[key(seed, purpose, *counters), _purpose_number(purpose)])
+    return torch.from_numpy(np.random.Generator(philox).standard_normal(tuple(shape), dtype=np.float32))
+
+
+def sample_normal(
+    shape: Sequence[int], seed: int, purpose: str, ids: Sequence[SampleId], *counters: int, device: torch.device | str
+) -> Tensor:
+    """Noise for a batch, one draw per sample: `[len(ids), *shape]`, float32, on `device`."""
+    draws = [normal(shape, seed, purpose, i.epoch, i.unit, i.index, *counters) for i in ids]
+    return torch.stack(draws).to(device, non_blocking=True)
+
+
+def sample_uniform(
+    seed: int, purpose: str, ids: Sequence[SampleId], *counters: int, device: torch.device | str
+) -> Tensor:
+    """One uniform draw from [0, 1) per sample: `[len(ids)]`, float64, on `device`."""
+    draws = [uniform(seed, purpose, i.epoch, i.unit, i.index, *counters) for i in ids]
+    return torch.tensor(draws, dtype=torch.float64).to(device, non_blocking=True)

@@ -1,0 +1,198 @@
+"""The networks of a run and what trains them. Freezing between phases happens here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+from sgmd_dist.models.base import VideoModel
+from sgmd_dist.recipe import AdamWSection, LrScheduleSection, OptimSection
+
+WARM_UP_TOKENS = 1
+
+
+class Ema:
+    """Exponential moving average of a network's parameters, sharded as they are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.shadow: dict[str, Tensor] = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, decay: float) -> None:
+        """shadow <- decay shadow + (1 - decay) parameters."""
+        parameters = [p.detach() for p in module.parameters()]
+        torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - decay)
+
+
+class Role:
+    """One network: its module, and for a trained role its optimizer and, for the generator, an EMA.
+
+    A role is called as a network: `role(x_sigma, sigma, prompt_embeds)` gives the velocity in float32.
+    """
+
+    def __init__(self, name: str, module: nn.Module, model: VideoModel, *, recomputes: bool = False) -> None:
+        self.name = name
+        self.module = module
+        self.model = model
+        self.optimizer: torch.optim.AdamW | None = None
+        self.ema: Ema | None = None
+        self.passes = 0.0
+        self._recomputes = recomputes
+        self._lr: AdamWSection | None = None
+
+    def __call__(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+        self.passes += x_sigma.shape[0] * self._cost(x_sigma)
+        return self.model.velocity(self.module, x_sigma, sigma, prompt_embeds)
+
+    def _cost(self, x_sigma: Tensor) -> int:
+        """Passes per sample that this call leads to: forward 1, recompute 1, input and weight gradients 1 each."""
+        if not torch.is_grad_enabled():
+            return 1
+        backward = int(x_sigma.requires_grad or self.is_training) + int(self.is_training)
+        return 1 + backward + int(backward > 0 and self._recomputes)
+
+    @property
+    def is_training(self) -> bool:
+        """True while this role's weights take gradients."""
+        return next(self.module.parameters()).requires_grad
+
+    def add_optimizer(self, section: AdamWSection) -> None:
+        """Make the role trainable with AdamW on its (sharded) parameters."""
+        self._lr = section
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(),
+            lr=section.lr.at(0),
+            betas=section.betas,
+            weight_decay=section.weight_decay,
+            eps=section.eps,
+            fused=True,
+        )
+
+    def set_requires_grad(self, value: bool) -> None:
+        """Freeze or unfreeze the weights, with every FSDP unit resharded first.
+
+        A unit that is still gathered keeps gradients outside `param.grad`, where they would leak into the next
+        update.
+        """
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        self.module.requires_grad_(value)
+
+    def step(self, step: int, max_grad_norm: float, lr_factor: float) -> Tensor:
+        """Clip, update the weights, clear the gradients; returns the gradient norm before clipping (a scalar).
+
+        A `max_grad_norm` of 0 means no clipping.
+        """
+        assert self.optimizer is not None and self._lr is not None, f"{self.name} is frozen"
+        norm = clip_grad_norm_(self.module.parameters(), max_grad_norm or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr.lr.at(step) * lr_factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class Roles(Mapping[str, Role]):
+    """The roles of a run by name; `train_only` says whose weights take gradients."""
+
+    def __init__(self, roles: Mapping[str, Role], optim: OptimSection, num_steps: int) -> None:
+        self._roles = dict(roles)
+        self._optim = optim
+        self._num_steps = num_steps
+
+    def __getitem__(self, name: str) -> Role:
+        return self._roles[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def __len__(self) -> int:
+        return len(self._roles)
+
+    @property
+    def trained(self) -> list[Role]:
+        """The roles that have an optimizer."""
+        return [role for role in self.values() if role.optimizer is not None]
+
+    @torch.no_grad()
+    def warm_up(self, device: torch.device) -> None:
+        """Run every network once with trainable weights, then freeze all.
+
+        FSDP2 settles a module's dtypes and streams at its first forward, from the parameters that require
+        gradients then: a network first run frozen could not be trained later.
+        """
+        for role in self.values():
+            role.set_requires_grad(True)
+            x = torch.zeros(1, *role.model.smallest_latents(), device=device)
+            text = torch.zeros(1, WARM_UP_TOKENS, role.model.text_dim(), device=device)
+            role(x, torch.ones(1, device=device), text)
+            role.set_requires_grad(False)
+            role.passes = 0.0
+
+    def train_only(self, name: str | None) -> None:
+        """Let the weights of role `name` take gradients and freeze all others; None freezes all.
+
+        Call it only while no backward pass is pending.
+        """
+        for role in self.values():
+            role.set_requires_grad(role.name == name)
+
+    def step(self, name: str, step: int) -> Tensor:
+        """End the phase that trains role `name`: clip, optimizer step, EMA; returns the gradient norm."""
+        role = self[name]
+        factor = lr_factor(self._optim.schedule, step, self._num_steps)
+        norm = role.step(step, self._optim.max_grad_norm.at(step), factor)
+        if role.ema is not None:
+            ema = self._optim.ema
+            role.ema.update(role.module, ema.decay.at(step) if step >= ema.start_step else 0.0)
+        return norm
+
+    def take_passes(self) -> dict[str, float]:
+        """Sample-passes per role since the last call: forwards, recomputations and both kinds of backward."""
+        counts = {name: role.passes for name, role in self.items()}
+        for role in self.values():
+            role.passes = 0.0
+        return counts
+
+
+def lr_factor(section: LrScheduleSection, step: int, num_steps: int) -> float:
+    """The factor of `optim.schedule` on every learning rate at optimizer step `step` (from 0)."""
+    if step < section.warmup_steps:
+        return (step + 1) / section.warmup_steps
+    if section.name == "constant":
+        return 1.0
+    progress = (step - section.warmup_steps) / max(num_steps - section.warmup_steps, 1)
+    remaining = 1 - progress if section.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return section.final_ratio + (1 - section.final_ratio) * max(remaining, 0.0)
+
+
+def build_roles(
+    modules: Mapping[str, tuple[nn.Module, VideoModel]],
+    trained: set[str],
+    optim: OptimSection,
+    num_steps: int,
+    *,
+    recomputes: bool,
+) -> Roles:
+    """Roles from loaded networks: optimizers for those in `trained`, an EMA for the generator.
+
+    Args:
+        recomputes: True where activation checkpointing repeats each forward in the backward pass.
+    """
+    roles: dict[str, Role] = {}
+    sections: dict[str, Any] = {"generator": optim.generator, "fake_score": optim.fake_score}
+    for name, (module, model) in modules.items():
+        role = Role(name, module, model, recomputes=recomputes)
+        if name in trained:
+            role.add_optimizer(sections[name])
+            role.ema = Ema(module) if name == "generator" else None
+        roles[name] = role
+    return Roles(roles, optim, num_steps)

@@ -1,0 +1,117 @@
+"""Videos from a network outside of training: few-step samples of a generator, many-step samples of a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sgmd_dist import checkpoint, rng
+from sgmd_dist.assemble import Which, build_model, load_network, load_weights
+from sgmd_dist.data.encode import TextEncoder
+from sgmd_dist.data.world import NEGATIVE_PROMPT
+from sgmd_dist.errors import UserError
+from sgmd_dist.models.base import LatentShape, VideoModel
+from sgmd_dist.recipe import Recipe
+from sgmd_dist.recipe_file import load_recipe
+from sgmd_dist.rollout import Network, guided, sample
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded captions: `embeds` `[N, T, D]` and `negative` `[1, T, D]`, zero-padded to T tokens."""
+
+    captions: list[str]
+    embeds: Tensor
+    negative: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recipe with the checkpoint that holds its trained weights."""
+
+    recipe: Recipe
+    checkpoint: Path
+    model: VideoModel
+
+    def network(self, which: Which, device: torch.device) -> Network:
+        """A trained network of the checkpoint."""
+        return load_network(self.model, load_weights(self.checkpoint, which, self.model), device)
+
+    def teacher(self, device: torch.device) -> Network:
+        """The teacher that the recipe names, which is also where the generator started."""
+        return load_network(build_model(self.recipe, "teacher"), None, device)
+
+    @property
+    def pretrained(self) -> Path | None:
+        """The pipeline folder with VAE and text encoder."""
+        folder = self.recipe.model.pretrained
+        return None if folder is None else Path(folder)
+
+
+def open_source(path: Path) -> Source:
+    """A run folder (its newest checkpoint) or a checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint, or what its recipe names is missing.
+    """
+    found = checkpoint.find(path)
+    recipe = load_recipe(found / checkpoint.RECIPE_FILE)
+    return Source(recipe, found, build_model(recipe, "generator"))
+
+
+def read_captions(words: Sequence[str]) -> list[str]:
+    """Captions from the command line: each word is a caption, or a file with one caption per line."""
+    captions: list[str] = []
+    for word in words:
+        path = Path(word)
+        is_file = len(word) < 255 and path.is_file()
+        captions += [line.strip() for line in path.read_text().splitlines() if line.strip()] if is_file else [word]
+    return captions
+
+
+def encode_prompts(recipe: Recipe, captions: Sequence[str]) -> Prompts:
+    """Encode captions with the recipe's text encoder.
+
+    Raises:
+        UserError: the recipe has no text encoder folder.
+    """
+    folder = recipe.data.text_encoder or recipe.model.pretrained
+    if folder is None:
+        raise UserError("data.text_encoder: prompts need a text encoder; set it to a diffusers folder with one")
+    encoder = TextEncoder.from_pretrained(folder)
+    tokens = recipe.model.text_tokens
+    embeds = torch.stack([_padded(embed, tokens) for embed in encoder.encode(captions)])
+    return Prompts(list(captions), embeds, _padded(encoder.encode([NEGATIVE_PROMPT])[0], tokens)[None])
+
+
+def _padded(embed: Tensor, tokens: int) -> Tensor:
+    embed = embed[:tokens].to(torch.bfloat16)  # as shards store them
+    return pad(embed, (0, 0, 0, tokens - embed.shape[0]))
+
+
+def sample_videos(
+    network: Network,
+    prompts: Prompts,
+    latent_shape: LatentShape,
+    *,
+    num_steps: int,
+    shift: float,
+    seed: int,
+    guidance_scale: float = 1.0,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """One video per prompt: `[N, C, F, H, W]` float32 on the CPU; video i depends on (seed, i) and its prompt."""
+    videos = []
+    for start in range(0, len(prompts.captions), batch_size):
+        embeds = prompts.embeds[start : start + batch_size].to(device)
+        numbers = range(start, start + len(embeds))
+        noise = torch.stack([rng.normal(latent_shape, seed, "sample", number) for number in numbers]).to(device)
+        velocity = guided(network, embeds, prompts.negative.to(device), guidance_scale)
+        videos.append(sample(velocity, noise, num_steps, shift).cpu())
+    return torch.cat(videos)

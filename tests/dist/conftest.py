@@ -1,0 +1,60 @@
+"""Shared by the tests on gloo ranks: a random tiny Wan folder and the world's shards, made once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import WanTransformer3DModel
+
+from sgmd_dist.data.encode import TextEncoder
+from sgmd_dist.data.world import World, write_world_shards
+
+REPO = Path(__file__).parents[2]
+WORLD = World(num_frames=3, height=8, width=8, speeds=(0.5, 1.0))
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with a two-block Wan of random weights and the shipped tiny text encoder."""
+    folder = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    module = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=3, out_channels=3, text_dim=32,
+        freq_dim=16, ffn_dim=40, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    module.save_pretrained(folder / "transformer")
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(REPO / "recipes/tiny_wan" / part, folder / part)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path) -> Path:
+    """192 small videos of the moving-shapes world in two shards."""
+    folder = tmp_path_factory.mktemp("data") / "world"
+    encoder = TextEncoder.from_pretrained(wan_folder)
+    write_world_shards(folder, WORLD, encoder, num_samples=192, seed=0, samples_per_shard=96)
+    return folder
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path, wan_folder: Path, shards: Path) -> Path:
+    """A recipe whose updates are large and well conditioned: Adam's eps is far above rounding errors."""
+    adamw = {"lr": 1e-3, "eps": 1e-3, "betas": [0.5, 0.9]}
+    recipe = {
+        "run": {"name": "test", "dir": str(tmp_path / "run"), "steps": 5, "seed": 3, "log_every": 1},
+        "model": {"family": "wan", "pretrained": str(wan_folder), "compute_dtype": "float32", "text_tokens": 8},
+        "objective": {"name": "sgmd"},
+        "optim": {"generator": adamw, "fake_score": {**adamw, "lr": 2e-3}, "max_grad_norm": 0.5, "ema": {"decay": 0.9}},
+        "data": {"shards": str(shards), "global_batch_size": 12, "micro_batch_size": 1, "lanes": 3, "window": 16},
+        "parallel": {"activation_checkpointing": "none"},
+        "checkpoint": {"every": 100},
+        "logging": {"tensorboard": False},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path

@@ -1,0 +1,106 @@
+"""Runs functions on gloo ranks. The processes are forked from one server that has imported everything once."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+import torch
+
+DEADLINE_S = 240.0
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["sgmd_dist.trainer", "sgmd_dist.models.wan", "sgmd_dist.objectives.sgmd"])
+
+
+class RankError(AssertionError):
+    """A rank failed; the message begins with the trace of the rank that failed first."""
+
+
+class Ranks:
+    """`world_size` running processes that each call `function(*args)` with a launcher's environment."""
+
+    def __init__(self, world_size: int, function: Callable[..., Any], *args: Any) -> None:
+        port = _free_port()
+        self._receivers: list[Connection] = []
+        self.processes: list[ForkServerProcess] = []
+        for rank in range(world_size):
+            receiver, sender = _context.Pipe(duplex=False)
+            process = _context.Process(target=_main, args=(sender, rank, world_size, port, function, args), daemon=True)
+            process.start()
+            sender.close()
+            self._receivers.append(receiver)
+            self.processes.append(process)
+
+    def join(self, deadline_s: float = DEADLINE_S) -> list[Any]:
+        """What the ranks returned, by rank. Kills every rank when one fails or hangs, and raises RankError."""
+        results: dict[int, Any] = {}
+        waiting = dict(zip(self._receivers, range(len(self._receivers)), strict=True))
+        end = time.monotonic() + deadline_s
+        try:
+            while waiting:
+                ready = wait(list(waiting), timeout=max(end - time.monotonic(), 0))
+                if not ready:
+                    raise RankError(f"ranks {sorted(waiting.values())} did not finish within {deadline_s} s")
+                for receiver in ready:
+                    rank = waiting.pop(receiver)
+                    results[rank] = _receive(receiver, rank)
+        finally:
+            self.kill()
+        return [results[rank] for rank in sorted(results)]
+
+    def kill(self) -> None:
+        """SIGKILL every rank that still runs."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def exit_codes(self, deadline_s: float = DEADLINE_S) -> list[int | None]:
+        """Wait for the processes' own ends and return their exit codes."""
+        for process in self.processes:
+            process.join(deadline_s)
+        return [process.exitcode for process in self.processes]
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `function(*args)` on `world_size` ranks; returns the results by rank."""
+    return Ranks(world_size, function, *args).join()
+
+
+def _main(sender: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        buffer = io.BytesIO()
+        torch.save(function(*args), buffer)  # plain pickling would share memory that dies with this process
+        sender.send((True, buffer.getvalue()))
+    except SystemExit as end:
+        raise end
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+    sender.close()
+
+
+def _receive(receiver: Connection, rank: int) -> Any:
+    try:
+        succeeded, value = receiver.recv()
+    except EOFError:
+        raise RankError(f"rank {rank} ended without a result") from None
+    if not succeeded:
+        raise RankError(f"rank {rank} failed:\n{value}")
+    return torch.load(io.BytesIO(value), weights_only=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,51 @@
+"""What ranks do in these tests: train a recipe and hand back the full state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from sgmd_dist.checkpoint import training_state
+from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
+from sgmd_dist.recipe_file import load_recipe
+from sgmd_dist.trainer import Trainer
+
+State = dict[str, dict[str, torch.Tensor]]
+
+
+def train(recipe_path: Path, overrides: Sequence[str] = (), trainer_class: type[Trainer] = Trainer) -> State:
+    """Train the recipe to its last step; returns every tensor of the training state, gathered (on rank 0)."""
+    recipe = load_recipe(recipe_path, overrides)
+    with process_group() as device:
+        trainer = trainer_class(recipe, build_mesh(recipe.layout(world_size()), device))
+        try:
+            assert trainer.fit() == 0
+            return gathered(trainer)
+        finally:
+            trainer.close()
+            del trainer
+
+
+def gathered(trainer: Trainer) -> State:
+    """The full tensors of the training state; empty on all ranks but rank 0. Collective."""
+    tree = training_state(trainer.roles)
+    full = {
+        name: {key: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for key, t in part.items()}
+        for name, part in tree.items()
+    }
+    return full if trainer.mesh.is_main else {}
+
+
+def max_difference(a: State, b: State) -> dict[str, float]:
+    """Largest absolute difference per tree; the trees must hold the same names."""
+    assert {name: part.keys() for name, part in a.items()} == {name: part.keys() for name, part in b.items()}
+    return {name: max(float((a[name][key] - b[name][key]).abs().max()) for key in part) for name, part in a.items()}
+
+
+def parameter_difference(a: State, b: State) -> float:
+    """Largest absolute difference of the parameters of generator, fake score and EMA."""
+    differences = max_difference(a, b)
+    return max(value for name, value in differences.items() if not name.endswith(".optimizer"))

@@ -1,0 +1,365 @@
+"""The Wan family: the same numbers as diffusers, from any folder, on any way in and out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sgmd_dist.errors import UserError
+from sgmd_dist.export import export_diffusers
+from sgmd_dist.models.wan import Section, Wan, WanConfig, build
+from sgmd_dist.parallel.load import fill, load_safetensors
+
+KEY = "model.pretrained"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TINY = WanConfig(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, ffn_dim=32)
+SIGMA = torch.tensor([0.9873, 0.25])
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Latents of 2 x 2 x 3 = 12 tokens for two samples, and 5 text tokens each."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 2, 4, 6, generator=generator)
+    return {"latents": latents, "prompt_embeds": torch.randn(2, 5, 16, generator=generator)}
+
+
+def section(**keys: Any) -> Section:
+    return Section.model_validate({"compute_dtype": "float32", **keys})
+
+
+def direct(wan: WanTransformer3DModel, batch: dict[str, Tensor], timestep: Tensor) -> Tensor:
+    return wan(batch["latents"], timestep, batch["prompt_embeds"], return_dict=False)[0]
+
+
+def pipeline_timestep(latents: Tensor, t: Tensor) -> Tensor:
+    """The timesteps `[B, L]` of diffusers' WanPipeline with `expand_timesteps`, for text to video."""
+    mask = torch.ones(latents.shape)
+    return (mask[0][0][:, ::2, ::2] * t).flatten().unsqueeze(0).expand(latents.shape[0], -1)
+
+
+def on_meta(model: Wan) -> torch.nn.Module:
+    with torch.device("meta"):
+        return model.build()
+
+
+def materialized(model: Wan) -> torch.nn.Module:
+    """The network as the trainer gets it: built on meta, emptied into memory full of rubbish, buffers recomputed."""
+    module = on_meta(model).to_empty(device="cpu")
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.data.fill_(float("nan"))
+    model.reset_buffers(module)
+    return module
+
+
+# Velocity
+
+
+def test_the_velocity_is_what_diffusers_computes(wan, transformer_folder: Path, batch: dict[str, Tensor]):
+    velocity = build(section(), str(transformer_folder), KEY).velocity(wan, sigma=SIGMA, **batch)
+    assert velocity.dtype == torch.float32
+    assert torch.equal(velocity, direct(wan, batch, 1000 * SIGMA))
+
+
+def test_a_timestep_per_token_is_handed_over_as_diffusers_pipeline_does(
+    wan, transformer_folder: Path, batch: dict[str, Tensor]
+):
+    model = build(section(expand_timesteps=True), str(transformer_folder), KEY)
+    sigma = torch.full((2,), 0.625)
+    velocity = model.velocity(wan, sigma=sigma, **batch)
+    timestep = pipeline_timestep(batch["latents"], torch.tensor(625.0))
+    assert timestep.shape == (2, 12)
+    assert torch.equal(velocity, direct(wan, batch, timestep))
+
+
+def test_a_timestep_per_token_and_one_per_sample_give_the_same_velocity(
+    wan, transformer_folder: Path, batch: dict[str, Tensor]
+):
+    one, each = (build(section(expand_timesteps=e), str(transformer_folder), KEY) for e in (False, True))
+    expected = one.velocity(wan, sigma=SIGMA, **batch)
+    torch.testing.assert_close(each.velocity(wan, sigma=SIGMA, **batch), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(each.velocity(wan, sigma=SIGMA.flip(0), **batch), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_bf16_compute_casts_latents_and_text_but_not_the_timestep(transformer_folder: Path, batch, expand: bool):
+    model = build(section(compute_dtype="bfloat16", expand_timesteps=expand), str(transformer_folder), KEY)
+    seen: dict[str, Any] = {}
+
+    class Recorder(torch.nn.Module):
+        def forward(self, **kwargs: Any) -> tuple[Tensor]:
+            seen.update(kwargs)
+            return (kwargs["hidden_states"],)
+
+    velocity = model.velocity(Recorder(), sigma=SIGMA, **batch)
+    assert velocity.dtype == torch.float32
+    assert seen["hidden_states"].dtype == seen["encoder_hidden_states"].dtype == torch.bfloat16
+    assert seen["timestep"].dtype == torch.float32
+    assert seen["timestep"].shape == ((2, 12) if expand else (2,))
+    expected = 1000 * SIGMA  # 987.3, which bfloat16 would round to 988
+    assert torch.equal(seen["timestep"].reshape(2, -1)[:, 0], expected)
+
+
+def test_a_bf16_network_computes_close_to_the_float32_one(wan, transformer_folder: Path, batch: dict[str, Tensor]):
+    model = build(section(compute_dtype="bfloat16"), str(transformer_folder), KEY)
+    module = WanTransformer3DModel.from_pretrained(transformer_folder, torch_dtype=torch.bfloat16)
+    velocity = model.velocity(module, sigma=SIGMA, **batch)
+    expected = direct(wan, batch, 1000 * SIGMA)
+    assert (velocity - expected).norm() / expected.norm() < 0.02
+
+
+def test_gradients_reach_latents_and_parameters(transformer_folder: Path, batch: dict[str, Tensor]):
+    model = build(section(), str(transformer_folder), KEY)
+    module = model.build()
+    batch["latents"].requires_grad_(True)
+    model.velocity(module, sigma=SIGMA, **batch).square().sum().backward()
+    assert batch["latents"].grad is not None and batch["latents"].grad.abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+# What the model says about itself
+
+
+def test_the_model_names_its_blocks_in_order(wan, transformer_folder: Path):
+    model = build(section(), str(transformer_folder), KEY)
+    assert model.blocks(wan) == list(wan.blocks)
+    assert len(model.blocks(wan)) == 2
+    assert model.text_dim() == 16
+    assert model.smallest_latents() == (4, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "channels, video, latents",
+    [
+        (16, (81, 480, 832), (16, 21, 60, 104)),  # Wan2.1
+        (16, (1, 480, 832), (16, 1, 60, 104)),
+        (48, (121, 704, 1280), (48, 31, 44, 80)),  # Wan2.2 TI2V-5B
+        (3, (8, 12, 12), (3, 8, 12, 12)),  # the tiny world has no VAE
+    ],
+)
+def test_the_latent_shape_follows_the_strides_of_the_vae(channels: int, video, latents):
+    model = build(section(config=WanConfig(in_channels=channels)), None, KEY)
+    assert model.latent_shape(*video) == latents
+
+
+# Folders
+
+
+def test_the_folder_of_a_pipeline_and_of_its_transformer_are_the_same_model(wan, pipeline_folder: Path):
+    pipeline = build(section(), str(pipeline_folder), KEY)
+    alone = build(section(), str(pipeline_folder / "transformer"), KEY)
+    assert pipeline.folder == alone.folder == pipeline_folder / "transformer"
+    assert pipeline.config == alone.config
+    assert (
+        dict(on_meta(pipeline).config) == {**wan.config, "_name_or_path": ""} or on_meta(pipeline).config == wan.config
+    )
+    assert pipeline.weight_files() == [pipeline_folder / "transformer" / WEIGHTS]
+
+
+@pytest.mark.parametrize("index, expected", [(True, True), (False, False), (None, False)])
+def test_the_pipeline_says_whether_timesteps_are_per_token(pipeline_folder: Path, index: bool | None, expected: bool):
+    path = pipeline_folder / "model_index.json"
+    path.write_text(json.dumps({"_class_name": "WanPipeline"} | ({} if index is None else {"expand_timesteps": index})))
+    for folder in (pipeline_folder, pipeline_folder / "transformer"):
+        assert build(section(), str(folder), KEY).expand_timesteps is expected
+    assert build(section(expand_timesteps=not expected), str(pipeline_folder), KEY).expand_timesteps is not expected
+
+
+def test_a_sharded_folder_gives_every_file_of_its_index_once(sharded_folder: Path):
+    files = build(section(), str(sharded_folder), KEY).weight_files()
+    assert len(files) > 2
+    assert files == sorted(sharded_folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "transformer", "sharded"])
+def test_a_network_from_meta_equals_from_pretrained_bit_for_bit(kind: str, request, batch: dict[str, Tensor]):
+    folder: Path = request.getfixturevalue(f"{kind}_folder")
+    model = build(section(), str(folder), KEY)
+    module = materialized(model)
+    assert load_safetensors(module, model.weight_files()) == len(list(module.parameters()))
+    expected = WanTransformer3DModel.from_pretrained(model.folder, local_files_only=True)
+    assert same_tensors(dict(module.named_parameters()), dict(expected.named_parameters()))
+    buffers = dict(module.named_buffers())
+    assert set(buffers) == {"rope.freqs_cos", "rope.freqs_sin"}
+    assert same_tensors(buffers, dict(expected.named_buffers()))
+    assert torch.equal(model.velocity(module, sigma=SIGMA, **batch), model.velocity(expected, sigma=SIGMA, **batch))
+
+
+def same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    assert set(found) == set(expected)
+    return all(torch.equal(found[name], expected[name]) and found[name].dtype == expected[name].dtype for name in found)
+
+
+def test_buffers_stay_float32_in_a_bf16_network(transformer_folder: Path):
+    model = build(section(), str(transformer_folder), KEY)
+    module = on_meta(model).to(torch.bfloat16).to_empty(device="cpu")
+    model.reset_buffers(module)
+    expected = WanTransformer3DModel.from_config(model.config)
+    assert same_tensors(dict(module.named_buffers()), dict(expected.named_buffers()))
+
+
+# Random weights
+
+
+def test_random_weights_are_a_function_of_name_and_seed_alone():
+    model = build(section(config=TINY), None, KEY)
+    shape = (24, 24)
+    first = model.initial_value("blocks.0.attn1.to_q.weight", shape, 7)
+    torch.manual_seed(123)
+    other = build(section(config=TINY.model_copy(update={"num_layers": 9})), None, KEY)
+    assert torch.equal(other.initial_value("blocks.0.attn1.to_q.weight", shape, 7), first)
+    assert not torch.equal(model.initial_value("blocks.0.attn1.to_q.weight", shape, 8), first)
+    assert not torch.equal(model.initial_value("blocks.1.attn1.to_q.weight", shape, 7), first)
+
+
+def test_a_random_network_resembles_a_fresh_one_of_diffusers():
+    model = build(section(config=TINY), None, KEY)
+    module = materialized(model)
+    assert fill(module, lambda name, shape: model.initial_value(name, shape, 0)) == len(list(module.parameters()))
+    torch.manual_seed(0)
+    fresh = dict(model.build().named_parameters())
+    for name, parameter in module.named_parameters():
+        assert parameter.isfinite().all(), name
+        if parameter.ndim == 1:
+            constant = fresh[name].unique() if "norm" in name else torch.zeros(1)
+            assert torch.equal(parameter.unique(), constant), name
+        elif name != "proj_out.weight":
+            assert 0.5 < parameter.std() / fresh[name].std() < 2, name
+
+
+def test_a_random_network_starts_at_velocity_zero(batch: dict[str, Tensor]):
+    model = build(section(config=TINY), None, KEY)
+    module = materialized(model)
+    fill(module, lambda name, shape: model.initial_value(name, shape, 0))
+    assert model.weight_files() == []
+    assert not model.velocity(module, sigma=SIGMA, **batch).any()
+
+
+# Messages
+
+
+def message(pretrained: Path | None, **keys: Any) -> str:
+    with pytest.raises(UserError) as error:
+        build(section(**keys), str(pretrained) if pretrained else None, KEY)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_neither_folder_nor_config():
+    assert message(None) == f"{KEY}: neither {KEY} nor model.config is set; give a diffusers folder or a config"
+
+
+def test_a_missing_folder(tmp_path: Path):
+    text = message(tmp_path / "gone")
+    assert text.startswith(f"{KEY} = '{tmp_path / 'gone'}': no such folder (working directory {Path.cwd()})")
+    assert f"set {KEY}=PATH" in text
+
+
+def test_a_folder_without_a_config(tmp_path: Path):
+    assert message(tmp_path) == (
+        f"{KEY} = '{tmp_path}': no {tmp_path / 'config.json'}; expected a diffusers pipeline or transformer"
+    )
+
+
+def test_a_config_that_is_no_json(transformer_folder: Path):
+    (transformer_folder / "config.json").write_text("{")
+    text = message(transformer_folder)
+    assert text.startswith(f"{KEY} = '{transformer_folder}': {transformer_folder / 'config.json'} is not valid JSON: ")
+
+
+def test_a_folder_of_another_class(transformer_folder: Path):
+    path = transformer_folder / "config.json"
+    path.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    assert message(transformer_folder) == (
+        f"{KEY} = '{transformer_folder}': {path} describes FluxTransformer2DModel, expected WanTransformer3DModel"
+    )
+
+
+def test_a_folder_without_weights(transformer_folder: Path):
+    (transformer_folder / WEIGHTS).unlink()
+    assert message(transformer_folder) == (
+        f"{KEY} = '{transformer_folder}': {transformer_folder} holds no *.safetensors weights; download them too"
+    )
+
+
+def loading_message(folder: Path) -> str:
+    """The error of loading `folder`, after making sure that it loaded nothing."""
+    model = build(section(), str(folder), KEY)
+    module = materialized(model)
+    with pytest.raises(UserError) as error:
+        load_safetensors(module, model.weight_files())
+    assert all(parameter.isnan().all() for parameter in module.parameters())
+    return str(error.value)
+
+
+def test_weights_that_do_not_fit_are_named_by_kind(transformer_folder: Path):
+    tensors = load_file(transformer_folder / WEIGHTS)
+    del tensors["proj_out.bias"]
+    tensors["extra.weight"] = torch.zeros(1)
+    tensors["patch_embedding.bias"] = torch.zeros(3)
+    save_file(tensors, transformer_folder / WEIGHTS)
+    assert loading_message(transformer_folder) == (
+        f"{transformer_folder}: the weights do not fit the network: 1 missing (proj_out.bias); 1 unexpected"
+        " (extra.weight); 1 of another shape (patch_embedding.bias (3,), expected (24,)); check its config.json"
+    )
+
+
+def test_a_long_list_of_keys_is_cut(transformer_folder: Path):
+    save_file({"a": torch.zeros(1)}, transformer_folder / WEIGHTS)
+    text = loading_message(transformer_folder)
+    assert " and " in text and " more)" in text
+    assert len(text) < 600
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_or_missing_weight_file_is_named(sharded_folder: Path, damage: str):
+    victim = sorted(sharded_folder.glob("*.safetensors"))[1]
+    if damage == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-100])
+    text = loading_message(sharded_folder)
+    assert text.startswith(f"{victim}: cannot be read as safetensors: ")
+    assert text.endswith("; download the file again")
+
+
+# Export
+
+
+def test_an_export_loads_in_diffusers_and_comes_back_bit_for_bit(
+    wan, transformer_folder: Path, tmp_path: Path, batch: dict[str, Tensor]
+):
+    model = build(section(), str(transformer_folder), KEY)
+    weights = {name: tensor + 1e-3 for name, tensor in wan.state_dict().items()}
+    out = tmp_path / "out" / "export"
+    out.parent.mkdir()
+    assert export_diffusers(weights, model, out) == len(weights)
+    exported = WanTransformer3DModel.from_pretrained(out, local_files_only=True)
+    assert same_tensors(exported.state_dict(), weights)
+    again = build(section(), str(out), KEY)
+    module = materialized(again)
+    load_safetensors(module, again.weight_files())
+    assert same_tensors(module.state_dict(), weights)
+    assert torch.equal(again.velocity(module, sigma=SIGMA, **batch), direct(exported, batch, 1000 * SIGMA))
+
+
+def test_an_export_of_a_network_from_a_config_can_be_trained_on(tmp_path: Path):
+    model = build(section(config=TINY), None, KEY)
+    module = model.build()
+    export_diffusers(module.state_dict(), model, tmp_path / "export")
+    again = build(section(), str(tmp_path / "export"), KEY)
+    assert {k: again.config[k] for k in model.config} == model.config
+
+
+def test_an_export_overwrites_nothing(wan, transformer_folder: Path):
+    model = build(section(), str(transformer_folder), KEY)
+    with pytest.raises(UserError, match="exists already; choose another folder or remove it"):
+        export_diffusers(wan.state_dict(), model, transformer_folder)

@@ -1,0 +1,144 @@
+"""The shipped recipes: their resolved form, the released values, and that each can be checked without GPUs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sgmd_dist import preflight
+from sgmd_dist.models.wan import Section, WanConfig, build
+from sgmd_dist.recipe_file import dump_recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+GOLDEN_DIR = ROOT / "tests" / "golden"
+REGENERATE = "python tests/golden/regenerate.py"
+
+RELEASED = {
+    "sgmd_wan2.1_1.3b": {"steps": 1000, "per_rank": 2, "accumulation": 1, "diversity": 0.05, "video": (81, 480, 832)},
+    "sgmd": {"steps": 5000, "per_rank": 1, "accumulation": 4, "diversity": 0.0, "video": (81, 480, 832)},
+    "sgmd_wan2.2_5b": {"steps": 5000, "per_rank": 1, "accumulation": 4, "diversity": 0.0, "video": (121, 704, 1280)},
+}
+WORLD_SIZES = {"sgmd_wan2.1_1.3b": 8, "sgmd": 64, "sgmd_wan2.2_5b": 64}
+LATENTS = {"sgmd_wan2.1_1.3b": (16, 21, 60, 104), "sgmd": (16, 21, 60, 104), "sgmd_wan2.2_5b": (48, 31, 44, 80)}
+
+
+def by_name(name: str) -> Path:
+    return ROOT / "recipes" / f"{name}.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repo_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # shipped recipes name files relative to it
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_resolves_to_its_golden_file(recipe: Path):
+    golden = GOLDEN_DIR / recipe.name
+    assert golden.is_file(), f"run: {REGENERATE}"
+    assert dump_recipe(load_recipe(recipe)) == golden.read_text(encoding="utf-8"), f"if it is wanted, run: {REGENERATE}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_golden_file_is_a_recipe_itself(recipe: Path):
+    assert load_recipe(GOLDEN_DIR / recipe.name) == load_recipe(recipe)
+
+
+def test_every_golden_file_belongs_to_a_shipped_recipe():
+    assert [path.name for path in sorted(GOLDEN_DIR.glob("*.yaml"))] == [path.name for path in RECIPES]
+
+
+# The released values (the authors' three recipes)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_recipes_share_the_loss_schedule_and_the_optimizers(name: str):
+    recipe = load_recipe(by_name(name)).resolved()
+    adamw = {"betas": [0.0, 0.999], "weight_decay": 0.01, "eps": 1e-8}
+    assert recipe["optim"]["generator"] == {"lr": 2e-6, **adamw}
+    assert recipe["optim"]["fake_score"] == {"lr": 4e-7, **adamw}
+    assert recipe["optim"]["max_grad_norm"] == 10.0
+    assert recipe["optim"]["schedule"] == {"name": "constant", "warmup_steps": 0, "final_ratio": 0.0}
+    expected: dict[str, Any] = {
+        "name": "sgmd",
+        "guidance_scale": 3.0,
+        "nr_weight": 0.1,
+        "rc_weight": 1.0,
+        "fisher_weight": 1.0,
+        "student_steps": 4,
+        "sigma_shift": 5.0,
+        "sigma_min": 0.02,
+        "sigma_max": 0.98,
+        "fake_updates": 1.0,
+        "inner_sample": "fresh",
+        "rollout": "euler",
+    }
+    assert {key: recipe["objective"][key] for key in expected} == expected
+    assert recipe["model"]["compute_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_recipes_hold_their_own_values(name: str):
+    recipe, values = load_recipe(by_name(name)), RELEASED[name]
+    layout = recipe.layout(WORLD_SIZES[name])
+    assert recipe.run.steps == values["steps"]
+    assert (recipe.data.micro_batch_size, layout.accumulation) == (values["per_rank"], values["accumulation"])
+    assert recipe.resolved()["objective"]["diversity"]["weight"] == values["diversity"]
+    video = recipe.data.video
+    assert video is not None
+    assert (video.num_frames, video.height, video.width) == values["video"]
+    section = Section(config=WanConfig(in_channels=LATENTS[name][0]))
+    assert build(section, None, "model.pretrained").latent_shape(*values["video"]) == LATENTS[name]
+
+
+def test_the_diversity_term_of_the_small_recipe_walks_5_of_30_teacher_steps():
+    diversity = load_recipe(by_name("sgmd_wan2.1_1.3b")).resolved()["objective"]["diversity"]
+    assert diversity == {"weight": 0.05, "steps": 5, "total_steps": 30}
+
+
+def test_the_5b_model_takes_a_timestep_per_token():
+    assert load_recipe(by_name("sgmd_wan2.2_5b")).resolved()["model"]["expand_timesteps"] is True
+
+
+def test_dmd2_differs_from_the_sgmd_recipe_in_its_objective_alone():
+    dmd2, sgmd = (load_recipe(by_name(f"{name}_wan2.1_1.3b")).resolved() for name in ("dmd2", "sgmd"))
+    assert {key for key in sgmd if dmd2[key] != sgmd[key]} == {"run", "objective"}
+    shared = {key for key in dmd2["objective"] if dmd2["objective"][key] == sgmd["objective"].get(key)}
+    assert set(dmd2["objective"]) - shared == {"name", "fake_updates"}
+    assert dmd2["objective"]["fake_updates"] == 5.0
+
+
+def test_the_prompts_are_64_different_lines():
+    lines = (ROOT / "recipes" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(set(lines)) == 64
+    assert all(line == line.strip() and len(line.split()) >= 10 for line in lines)
+
+
+# --check
+
+
+@pytest.fixture(scope="module")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `--check` wants it: a tiny Wan transformer, and the text encoder of the tiny recipes."""
+    from diffusers import WanTransformer3DModel
+
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    tiny = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1, "freq_dim": 16}
+    module = WanTransformer3DModel(in_channels=3, out_channels=3, text_dim=32, rope_max_seq_len=32, **tiny)
+    module.save_pretrained(folder / "transformer")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(ROOT / "recipes" / "tiny_wan" / part, folder / part)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_shipped_recipe_passes_the_check_with_a_local_model_folder(
+    recipe: Path, world_size: int, tiny_pipeline: Path
+):
+    loaded = load_recipe(recipe, [f"model.pretrained={tiny_pipeline}"])
+    plan = preflight.check(loaded, loaded.layout(world_size))
+    assert f"{loaded.run.steps} steps" in plan[0]
