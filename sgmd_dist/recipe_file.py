@@ -191,8 +191,6 @@ def _replaces(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def _mark(value: Any, name: str, origin: str, origins: dict[str, str]) -> None:
-    for stale in [key for key in origins if key.startswith(f"{name}.")]:
-        del origins[stale]
     origins[name] = origin
     if isinstance(value, dict):
         for key, inner in value.items():

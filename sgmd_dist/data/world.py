@@ -25,28 +25,24 @@ from sgmd_dist.errors import UserError
 
 SOURCE = "world:moving_shapes"
 NEGATIVE_PROMPT = ""
-AMPLITUDE = 4.3  # of a fully covered pixel; a shape covers a sixth of the frame, so latents have a std of about 1
-EDGE_WIDTH = 0.35  # pixels: logistic edge, smooth enough that half-pixel moves change no shape
-HALF_SIZE = 2.4  # pixels from a shape's centre to its edge, more or less
+AMPLITUDE = 4.7  # of a fully covered pixel; a shape covers an eighth of the frame, so latents have a std of about 1
+EDGE_WIDTH = 0.6  # pixels: logistic edge, soft enough that half-pixel moves change no shape
 
 
-def _square(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(dx), np.abs(dy)) - 0.9 * HALF_SIZE
+def _ball(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    return np.hypot(dx, dy) - 2.4
 
 
-def _ring(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    return np.abs(np.hypot(dx, dy) - HALF_SIZE) - 0.35 * HALF_SIZE
-
-
-def _cross(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    ax, ay = np.abs(dx), np.abs(dy)
-    bar_x = np.maximum(ax - 1.25 * HALF_SIZE, ay - 0.4 * HALF_SIZE)
-    bar_y = np.maximum(ay - 1.25 * HALF_SIZE, ax - 0.4 * HALF_SIZE)
-    return np.minimum(bar_x, bar_y)
+def _box(dx: np.ndarray, dy: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
+    return np.maximum(np.abs(dx) - half_width, np.abs(dy) - half_height)
 
 
 # Signed distance in pixels (negative inside) from offsets to the centre; rows grow downwards.
-SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"square": _square, "ring": _ring, "cross": _cross}
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "ball": _ball,
+    "bar": lambda dx, dy: _box(dx, dy, half_width=3.4, half_height=1.3),
+    "pillar": lambda dx, dy: _box(dx, dy, half_width=1.3, half_height=3.4),
+}
 # Channels are red, green, blue around mid-grey. They sum to zero, so that latents have mean 0.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (1.0, -0.6, -0.3),

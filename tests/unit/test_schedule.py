@@ -111,6 +111,7 @@ def test_schedules_are_frozen() -> None:
         ({**RAMP, "start": -1}, "greater than or equal to 0"),
         ({**RAMP, "steps": 2.5}, "integer"),
         ({**RAMP, "from": "low"}, "number"),
+        ({**RAMP, "from": True}, "true or false"),
     ],
 )
 def test_what_is_no_schedule_is_refused_with_a_reason(written: Any, message: str) -> None:

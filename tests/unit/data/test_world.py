@@ -72,7 +72,7 @@ def test_shapes_and_colours_can_be_told_apart():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shapes": ("ring", "star")}, "star"),
+        ({"shapes": ("ball", "star")}, "star"),
         ({"colours": ()}, "colours"),
         ({"directions": ("north",)}, "north"),
         ({"speeds": (0.5, 6.0)}, r"\[0, 6\)"),

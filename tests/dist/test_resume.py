@@ -1,0 +1,138 @@
+"""Kills, preemptions and changes of the number of ranks lose nothing: the final state is that of one quiet run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import RankError, Ranks, run_ranks
+from running import State, max_difference, parameter_difference, train
+
+from sgmd_dist import checkpoint
+
+REPO = Path(__file__).parents[2]
+STEPS = 12
+
+
+def run_dir(recipe_path: Path) -> Path:
+    return recipe_path.parent / "run"
+
+
+def train_command(recipe_path: Path, overrides: list[str]) -> None:
+    """What `launch/train.py` does, in this process."""
+    sys.argv = ["launch/train.py", str(recipe_path), *overrides]
+    runpy.run_path(str(REPO / "launch/train.py"), run_name="__main__")
+
+
+def wait_for(condition, ranks: Ranks, deadline_s: float = 120.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, "the run did not get there"
+        assert all(process.is_alive() for process in ranks.processes), "a rank ended early"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def quiet(recipe_path: Path, tmp_path: Path) -> State:
+    """The state that 2 undisturbed ranks reach."""
+    return run_ranks(2, train, recipe_path, [f"run.steps={STEPS}", f"run.dir={tmp_path}/quiet"])[0]
+
+
+def assert_same_bits(a: State, b: State) -> None:
+    assert set(max_difference(a, b).values()) == {0.0}
+
+
+def test_kill_at_random_moments_then_resume_gives_the_same_bits(recipe_path: Path, quiet: State) -> None:
+    """SIGKILL strikes twice, at moments nobody chose, in a run with checkpoints every 2 steps."""
+    overrides = [f"run.steps={STEPS}", "checkpoint.every=2"]
+    moments = random.Random(time.time_ns())
+    for _ in range(2):
+        before = len(checkpoint.committed(run_dir(recipe_path)))
+        newest = checkpoint.committed(run_dir(recipe_path))[-1:]
+        ranks = Ranks(2, train, recipe_path, overrides)
+        wait_for(lambda old=newest: checkpoint.committed(run_dir(recipe_path))[-1:] != old, ranks)
+        time.sleep(delay := moments.uniform(0, 1.0))
+        print(f"killing {delay:.3f} s after the commit that followed {before} checkpoints")
+        ranks.kill()
+    assert_same_bits(run_ranks(2, train, recipe_path, overrides)[0], quiet)
+    lines = (run_dir(recipe_path) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_ends_all_with_75(
+    recipe_path: Path, quiet: State, number: signal.Signals
+) -> None:
+    overrides = [f"run.steps={STEPS}", "checkpoint.every=100"]
+    ranks = Ranks(2, train_command, recipe_path, overrides)
+    wait_for((run_dir(recipe_path) / "metrics.jsonl").exists, ranks)
+    os.kill(ranks.processes[1].pid, number)
+    assert ranks.exit_codes() == [75, 75]
+    (saved,) = checkpoint.committed(run_dir(recipe_path))
+    assert 0 < checkpoint.read_meta(saved).step < STEPS
+    assert_same_bits(run_ranks(2, train, recipe_path, overrides)[0], quiet)
+
+
+@pytest.mark.parametrize("first, second", [(2, 1), (1, 3), (2, 4)])
+def test_resuming_on_other_numbers_of_ranks_changes_only_rounding(
+    recipe_path: Path, quiet: State, first: int, second: int
+) -> None:
+    run_ranks(first, train, recipe_path, ["run.steps=5"])
+    state = run_ranks(second, train, recipe_path, [f"run.steps={STEPS}"])[0]
+    assert parameter_difference(state, quiet) < 1e-6
+
+
+def die_before_commit(recipe_path: Path, overrides: list[str]) -> None:
+    """Train until the second checkpoint is written and die before the rename."""
+    commit = checkpoint._commit
+
+    def commit_first_only(aside: Path, final: Path) -> None:
+        if checkpoint.committed(run_dir(recipe_path)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        commit(aside, final)
+
+    checkpoint._commit = commit_first_only
+    train(recipe_path, overrides)
+
+
+def test_a_kill_between_write_and_commit_leaves_the_checkpoint_before(recipe_path: Path, quiet: State) -> None:
+    overrides = [f"run.steps={STEPS}", "checkpoint.every=3"]
+    with pytest.raises(RankError, match="rank 0 ended without a result"):
+        run_ranks(2, die_before_commit, recipe_path, overrides)
+    folder = run_dir(recipe_path) / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000006.tmp"]
+    assert_same_bits(run_ranks(2, train, recipe_path, overrides)[0], quiet)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000009", "step-00000012"]
+
+
+def test_a_damaged_checkpoint_is_named_and_not_trained_from(recipe_path: Path) -> None:
+    run_ranks(2, train, recipe_path, ["run.steps=2"])
+    (saved,) = checkpoint.committed(run_dir(recipe_path))
+    shard = max(saved.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(64)
+    shard.write_bytes(data)
+    with pytest.raises(RankError, match=r"UserError: .*step-00000002: is damaged: .*; remove this folder"):
+        run_ranks(2, train, recipe_path, ["run.steps=4"])
+
+
+def test_never_resuming_starts_anew_and_keeps_what_was_saved(recipe_path: Path) -> None:
+    first = run_ranks(1, train, recipe_path, ["run.steps=2"])[0]
+    again = run_ranks(1, train, recipe_path, ["run.steps=2", "run.resume=never"])[0]
+    assert_same_bits(first, again)
+    names = sorted(path.name for path in run_dir(recipe_path).iterdir() if path.name.startswith("checkpoints"))
+    assert names == ["checkpoints", "checkpoints.old-1"]
+
+
+def test_another_seed_or_data_order_refuses_to_resume(recipe_path: Path) -> None:
+    run_ranks(1, train, recipe_path, ["run.steps=2"])
+    with pytest.raises(RankError, match=r"UserError: .*seed"):
+        run_ranks(1, train, recipe_path, ["run.steps=4", "run.seed=4"])
