@@ -99,7 +99,7 @@ def load_network(model: VideoModel, weights: Mapping[str, Tensor] | None, device
         weights: full tensors by name; None takes the model's pretrained files, or random weights without any.
     """
     with torch.device("meta"):
-        module = model.build()
+        module = nn.Module.to(model.build(), model.compute_dtype)
     module.to_empty(device=device)
     model.reset_buffers(module)
     if weights is not None:

@@ -66,7 +66,8 @@ def permutation(size: int, seed: int, purpose: str, *counters: int) -> list[int]
 
 def normal(shape: Sequence[int], seed: int, purpose: str, *counters: int) -> Tensor:
     """Standard normal noise of `shape`, float32, on the CPU."""
-    philox = np.random.Philox(key=[key(seed, purpose, *counters), _purpose_number(purpose)])
+    words = [key(seed, purpose, *counters), _purpose_number(purpose)]
+    philox = np.random.Philox(key=np.array(words, dtype=np.uint64))  # a list of large ints would become floats
     return torch.from_numpy(np.random.Generator(philox).standard_normal(tuple(shape), dtype=np.float32))
 
 

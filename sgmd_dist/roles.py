@@ -169,9 +169,9 @@ def lr_factor(section: LrScheduleSection, step: int, num_steps: int) -> float:
         return (step + 1) / section.warmup_steps
     if section.name == "constant":
         return 1.0
-    progress = (step - section.warmup_steps) / max(num_steps - section.warmup_steps, 1)
+    progress = min((step - section.warmup_steps) / max(num_steps - section.warmup_steps, 1), 1.0)
     remaining = 1 - progress if section.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return section.final_ratio + (1 - section.final_ratio) * max(remaining, 0.0)
+    return section.final_ratio + (1 - section.final_ratio) * remaining
 
 
 def build_roles(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 LatentShape = tuple[int, int, int, int]  # (C, F, H, W) of one video's latents
@@ -18,6 +19,7 @@ class VideoModel(Protocol):
     """One network architecture with its conventions."""
 
     config: dict[str, Any]
+    compute_dtype: torch.dtype
 
     def build(self) -> nn.Module:
         """The network, on the current default device (`torch.device("meta")` as a context builds it empty)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sgmd_dist import flow, rng
 from sgmd_dist.batch import Batch
+from sgmd_dist.errors import UserError
 from sgmd_dist.objectives.base import Losses, Phase, StepState, motion, per_sample_mean
 from sgmd_dist.recipe import ObjectiveSection
 from sgmd_dist.roles import Roles
@@ -139,7 +140,8 @@ class Distillation:
         exit_index = self.exit_index(state, purpose, update)
         generator = guided(roles["generator"], batch.prompt_embeds, batch.negative_embeds, 1.0)
         if self.section.rollout == "data":
-            assert batch.latents is not None, "objective.rollout = data needs real latents"
+            if batch.latents is None:
+                raise UserError("objective.rollout = data: needs latents, and these shards hold captions only; use euler")
             sigma = torch.full((batch.size,), self.sigmas[exit_index], device=noise.device)
             x = flow.add_noise(batch.latents.float(), noise, sigma)
             return flow.x0_from_velocity(x, generator(x, sigma), sigma)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sgmd_dist import flow
@@ -27,6 +27,7 @@ from sgmd_dist.objectives._distillation import (
 )
 from sgmd_dist.objectives.base import Losses, StepState, per_sample_mean
 from sgmd_dist.recipe import Section as RecipeSection
+from sgmd_dist.recipe import wrong
 from sgmd_dist.roles import Roles
 from sgmd_dist.schedule import NonNegative, constant
 
@@ -37,6 +38,12 @@ class DiversitySection(RecipeSection):
     weight: NonNegative = constant(0.0)
     steps: int = Field(default=5, ge=1)
     total_steps: int = Field(default=30, ge=2)
+
+    @model_validator(mode="after")
+    def _fewer_steps(self) -> DiversitySection:
+        if self.steps >= self.total_steps:
+            raise wrong(f"steps = {self.steps}: expected fewer than total_steps = {self.total_steps}")
+        return self
 
 
 class Section(DistillationSection):
