@@ -142,7 +142,7 @@ class Distillation:
         if self.section.rollout == "data":
             if batch.latents is None:
                 raise UserError(
-                    "objective.rollout = data: needs latents, and these shards hold captions only; use euler"
+                    "objective.rollout = data: needs latents, these shards hold captions only; use euler"
                 )
             sigma = torch.full((batch.size,), self.sigmas[exit_index], device=noise.device)
             x = flow.add_noise(batch.latents.float(), noise, sigma)

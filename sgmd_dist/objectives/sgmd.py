@@ -41,8 +41,8 @@ class DiversitySection(RecipeSection):
 
     @model_validator(mode="after")
     def _fewer_steps(self) -> DiversitySection:
-        if self.steps >= self.total_steps:
-            raise wrong(f"steps = {self.steps}: expected fewer than total_steps = {self.total_steps}")
+        if self.steps > self.total_steps:
+            raise wrong(f"steps = {self.steps}: expected at most total_steps = {self.total_steps}")
         return self
 
 
