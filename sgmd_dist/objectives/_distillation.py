@@ -141,9 +141,7 @@ class Distillation:
         generator = guided(roles["generator"], batch.prompt_embeds, batch.negative_embeds, 1.0)
         if self.section.rollout == "data":
             if batch.latents is None:
-                raise UserError(
-                    "objective.rollout = data: needs latents, these shards hold captions only; use euler"
-                )
+                raise UserError("objective.rollout = data: needs latents, these shards hold captions only; use euler")
             sigma = torch.full((batch.size,), self.sigmas[exit_index], device=noise.device)
             x = flow.add_noise(batch.latents.float(), noise, sigma)
             return flow.x0_from_velocity(x, generator(x, sigma), sigma)
