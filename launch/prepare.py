@@ -20,9 +20,10 @@ def prepare_world(args: argparse.Namespace) -> None:
 
 def prepare_text_encoder(args: argparse.Namespace) -> None:
     from sgmd_dist.data.encode import make_tiny_text_encoder
-    from sgmd_dist.data.world import World
+    from sgmd_dist.data.world import SHAPES, World
 
-    make_tiny_text_encoder(args.out, World().captions(), args.seed)
+    every_word = World(shapes=tuple(SHAPES)).captions()
+    make_tiny_text_encoder(args.out, every_word, args.seed)
     print(f"{args.out}: tokenizer and text encoder of the moving-shapes world")
 
 

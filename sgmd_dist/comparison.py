@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,10 @@ class Comparison:
 
     def table(self) -> str:
         """The scores as text."""
-        rows = [f"{'':<9}{'swd':>9}{'motion_ratio':>14}{'jitter':>9}"]
-        rows += [
-            f"{name:<9}{scores.swd:>9.4f}{scores.motion_ratio:>14.3f}{scores.jitter:>9.4f}"
-            for name, scores in self.scores.items()
-        ]
+        names = [field.name for field in fields(Scores)]
+        rows = [f"{'':<9}" + "".join(f"{name:>14}" for name in names)]
+        for column, scores in self.scores.items():
+            rows.append(f"{column:<9}" + "".join(f"{getattr(scores, name):>14.3f}" for name in names))
         return "\n".join(rows)
 
     def write(self, folder: Path, source: Source) -> None:

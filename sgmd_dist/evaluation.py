@@ -1,12 +1,7 @@
-"""Scores of generated latents against reference latents, and pictures of both.
-
-All functions are pure and take latents `[N, C, F, H, W]`. `motion` and `jitter` follow the one moving thing of a
-video on a torus (what leaves on one side comes back on the other), as the moving-shapes world has it.
-"""
+"""Scores of generated latents against reference latents, and pictures of both. Latents are `[N, C, F, H, W]`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from sgmd_dist.motion import jitter, latent_motion, speed
 
 ToRgb = Callable[[Tensor], Tensor]  # latents [C, F, H, W] -> uint8 [F, H', W', 3]
 
@@ -31,12 +28,15 @@ class Scores:
     Attributes:
         swd: sliced Wasserstein distance to the reference; lower is better, 0 for equal sets. Two different sets of
             one distribution keep a floor that shrinks with their size: quote the reference's own beside it.
-        motion_ratio: mean speed over the reference's mean speed; 1 is best, below 1 motion was lost.
-        jitter: mean temporal inconsistency (see `jitter`); lower is better, 0 for a rigid constant move.
+        motion_ratio: mean `latent_motion` over the reference's; 1 is best. Blur and standing still lower it,
+            oversharp pictures and flicker raise it, so read it beside the other columns.
+        speed_ratio: mean `speed` over the reference's; 1 is best. It sees displacement alone.
+        jitter: mean temporal inconsistency (see `motion.jitter`); lower is better, 0 for a rigid constant move.
     """
 
     swd: float
     motion_ratio: float
+    speed_ratio: float
     jitter: float
 
     def as_dict(self) -> dict[str, float]:
@@ -47,7 +47,8 @@ def score(samples: Tensor, reference: Tensor, *, num_projections: int = 256, see
     """Scores of `samples` against `reference`, both `[N, C, F, H, W]`, preferably for the same prompts."""
     return Scores(
         swd=sliced_wasserstein(samples, reference, num_projections, seed),
-        motion_ratio=motion_ratio(samples, reference),
+        motion_ratio=float(latent_motion(samples).mean() / latent_motion(reference).mean().clamp_min(1e-12)),
+        speed_ratio=float(speed(samples).mean() / speed(reference).mean().clamp_min(1e-12)),
         jitter=float(jitter(samples).mean()),
     )
 
@@ -57,7 +58,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, num_projections: int = 256, seed: i
 
     Root mean square, over `num_projections` random unit directions, of the 2-Wasserstein distance of the projected
     sets: on the scale of one latent element, whatever the latents' size. The directions depend on `seed` and the
-    shape only. It sees amplitude, colour and blur well, speed little (`motion_ratio` is for that).
+    shape only. It sees amplitude, colour and blur well, speed little (the ratios are for that).
     """
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(f"sliced_wasserstein: sample shapes differ: {tuple(a.shape[1:])} and {tuple(b.shape[1:])}")
@@ -77,72 +78,6 @@ def _quantiles(values: Tensor, size: int) -> Tensor:
     """`size` mid-point quantiles of sorted `values` `[N, P]`."""
     levels = (torch.arange(size, dtype=values.dtype, device=values.device) + 0.5) / size
     return values[(levels * len(values)).long()]
-
-
-def velocity(latents: Tensor) -> Tensor:
-    """Mean velocity (x, y) in pixels per frame of the moving thing: `[N, 2]` float64, x to the right, y down.
-
-    The energy's first Fourier harmonic along an axis is a phasor whose phase is the thing's place on the torus. The
-    phasors' turns from frame to frame are averaged as complex numbers, weighted with their length: a uniform noise
-    floor cancels, frames in which nothing is localized hardly count, and trembling around a place averages out.
-    Unambiguous below half the frame per step.
-    """
-    energy = latents.double().square().sum(dim=1)  # [N, F, H, W]
-    return torch.stack([_phase_velocity(energy.sum(dim=2)), _phase_velocity(energy.sum(dim=3))], dim=1)
-
-
-def _phase_velocity(profile: Tensor) -> Tensor:
-    """Pixels per frame `[N]` from energy profiles `[N, F, size]` along one axis."""
-    size = profile.shape[-1]
-    angles = torch.arange(size, dtype=profile.dtype, device=profile.device) * (2 * math.pi / size)
-    phasor = (profile * torch.exp(1j * angles)).sum(dim=-1)  # [N, F]
-    turns = (phasor[:, 1:] * phasor[:, :-1].conj()).sum(dim=1)
-    return torch.angle(turns) * size / (2 * math.pi)
-
-
-def motion(latents: Tensor) -> Tensor:
-    """Speed of the moving thing in pixels per frame, `[N]` float64: the length of `velocity`."""
-    return velocity(latents).norm(dim=1)
-
-
-def latent_motion(latents: Tensor) -> Tensor:
-    """Root mean square change per frame over the latents' own root mean square: `[N]` float64, any video.
-
-    Cheap and free of assumptions, for alarms on real latents; it cannot tell motion from flicker.
-    """
-    x = latents.double()
-    change = (x[:, :, 1:] - x[:, :, :-1]).square().flatten(1).mean(dim=1)
-    return (change / x.square().flatten(1).mean(dim=1).clamp_min(1e-12)).sqrt()
-
-
-def motion_ratio(samples: Tensor, reference: Tensor) -> float:
-    """Mean speed of `samples` over mean speed of `reference`."""
-    return float(motion(samples).mean() / motion(reference).mean().clamp_min(1e-12))
-
-
-def jitter(latents: Tensor) -> Tensor:
-    """Share of a video's amplitude that is not one rigid picture in constant motion: `[N]` float64 in [0, 1].
-
-    Every frame is shifted back by the fitted constant velocity (exactly, in the Fourier domain of the torus); what
-    then still changes over time is flicker, deformation, noise or uneven motion. Second differences of the pixels,
-    the usual measure, would grow with the speed itself and so reward a generator that stands still. Returned is the
-    root of (variance over time / energy): about 0 for samples of the world, 1 for independent frames.
-    """
-    still = _shift_back(latents.double(), velocity(latents))
-    wobble = (still - still.mean(dim=2, keepdim=True)).square().flatten(1).mean(dim=1)
-    return (wobble / latents.double().square().flatten(1).mean(dim=1).clamp_min(1e-12)).sqrt()
-
-
-def _shift_back(latents: Tensor, speeds: Tensor) -> Tensor:
-    """Shift frame f of each video by -f times its velocity `[N, 2]` (x, y), periodically."""
-    num_frames, height, width = latents.shape[2:]
-    options = {"dtype": latents.dtype, "device": latents.device}
-    frames = torch.arange(num_frames, **options)
-    moved = speeds[:, :, None] * frames  # [N, 2, F] pixels
-    turn_x = moved[:, 0, :, None] * torch.fft.fftfreq(width, **options)  # [N, F, W]
-    turn_y = moved[:, 1, :, None] * torch.fft.fftfreq(height, **options)
-    phase = torch.exp(2j * math.pi * (turn_y[:, :, :, None] + turn_x[:, :, None, :]))
-    return torch.fft.ifft2(torch.fft.fft2(latents) * phase[:, None]).real
 
 
 def contact_sheet_gif(

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sgmd_dist import flow, rng
 from sgmd_dist.batch import Batch
-from sgmd_dist.errors import UserError
-from sgmd_dist.objectives.base import Losses, Phase, StepState, motion, per_sample_mean
-from sgmd_dist.recipe import ObjectiveSection
+from sgmd_dist.motion import latent_motion
+from sgmd_dist.objectives.base import Losses, Phase, StepState, latents_of, per_sample_mean
+from sgmd_dist.recipe import ObjectiveSection, wrong
 from sgmd_dist.roles import Roles
 from sgmd_dist.rollout import GuidanceMode, backward_simulation, guided
-from sgmd_dist.schedule import Positive, UnitInterval, constant
+from sgmd_dist.schedule import AtLeastOne, Positive, UnitInterval, constant
 
 NORMALIZER_EPS = 1e-8
 
@@ -31,7 +31,7 @@ class DistillationSection(ObjectiveSection):
     student_steps, sigma_shift: the few-step chain's length K and time shift.
     rollout: how samples come about: `euler` steps, `renoise` between steps, or `data`: real latents noised to
         the exit step (no rollout; needs shards with latents).
-    exit_draw: `independent` draws per exit group, or `stratified` over the K steps.
+    exit_draw: `independent` draws per exit group, or `stratified`: the groups share out the steps of the chain.
     sigma_min, sigma_max: clamp of the renoising levels, drawn with the same time shift.
     fake_updates: fake-score updates after each generator update.
     inner_sample: `fresh` rolls out new samples for each fake update; `reuse` takes the generator phase's.
@@ -45,16 +45,31 @@ class DistillationSection(ObjectiveSection):
     exit_draw: Literal["independent", "stratified"] = "independent"
     sigma_min: UnitInterval = constant(0.02)
     sigma_max: UnitInterval = constant(0.98)
-    fake_updates: Positive = constant(1)
+    fake_updates: AtLeastOne = constant(1)
     inner_sample: Literal["fresh", "reuse"] = "fresh"
 
     @model_validator(mode="after")
     def _sigma_range(self) -> DistillationSection:
-        if max(self.sigma_min.values()) > min(self.sigma_max.values()):
-            raise ValueError("a range with sigma_min <= sigma_max at every step")
-        if min(self.fake_updates.values()) < 1:
-            raise ValueError("fake_updates >= 1 at every step")
+        highest, lowest = max(self.sigma_min.values()), min(self.sigma_max.values())
+        if highest > lowest:
+            raise wrong(
+                f"sigma_min reaches {highest:g}, sigma_max goes down to {lowest:g}: expected sigma_min <= sigma_max at"
+                " every step"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _a_group_for_each_exit(self) -> DistillationSection:
+        if self.exit_draw == "stratified" and self.exit_groups < self.max_exits():
+            raise wrong(
+                f"exit_draw = stratified, exit_groups = {self.exit_groups}: expected at least {self.max_exits()}"
+                " groups, one for each step at which a rollout may exit; or set exit_draw to independent"
+            )
+        return self
+
+    def max_exits(self) -> int:
+        """At how many steps of the chain a rollout may exit, at most, over the whole training."""
+        return self.student_steps
 
     def num_fake_updates(self, step: int) -> int:
         return round(self.fake_updates.at(step))
@@ -74,6 +89,7 @@ class Distillation:
 
     def __init__(self, section: DistillationSection) -> None:
         self.roles = {"teacher": False, "generator": True, "fake_score": True}
+        self.needs_latents = "objective.rollout = data" if section.rollout == "data" else None
         self.section = section
         self.sigmas = flow.sampling_sigmas(section.student_steps, section.sigma_shift)
 
@@ -108,9 +124,9 @@ class Distillation:
         if self.section.inner_sample == "reuse":
             state.samples[state.unit_index] = x_g.detach()
         losses = self.generator_loss(roles, batch, state, x_g)
-        losses.metrics["generator/motion"] = motion(x_g)
+        losses.metrics["generator/latent_motion"] = latent_motion(x_g).mean()
         if extra is not None:
-            losses.per_sample = losses.per_sample + extra.per_sample
+            losses.per_sample = losses.per_sample + extra.weight * extra.per_sample
             losses.metrics["generator/diversity"] = extra.per_sample.detach().mean()
         return losses
 
@@ -140,10 +156,8 @@ class Distillation:
         exit_index = self.exit_index(state, purpose, update)
         generator = guided(roles["generator"], batch.prompt_embeds, batch.negative_embeds, 1.0)
         if self.section.rollout == "data":
-            if batch.latents is None:
-                raise UserError("objective.rollout = data: needs latents, these shards hold captions only; use euler")
             sigma = torch.full((batch.size,), self.sigmas[exit_index], device=noise.device)
-            x = flow.add_noise(batch.latents.float(), noise, sigma)
+            x = flow.add_noise(latents_of(batch, self.needs_latents), noise, sigma)
             return flow.x0_from_velocity(x, generator(x, sigma), sigma)
 
         def fresh_noise(i: int) -> Tensor:
@@ -192,6 +206,7 @@ class ExtraLoss:
     """A loss per sample `[B]` on the generator's first step, and that step's velocity, which rollouts reuse."""
 
     per_sample: Tensor
+    weight: float
     first_velocity: Tensor
 
 

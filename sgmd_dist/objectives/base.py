@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from sgmd_dist.batch import Batch
+from sgmd_dist.errors import UserError
 from sgmd_dist.roles import Roles
 
 
@@ -62,23 +62,36 @@ class Phase:
 
 
 class Objective(Protocol):
-    """A training objective. `roles` maps each role that it needs to whether the role is trained."""
+    """A training objective.
+
+    Attributes:
+        roles: each role that it needs, and whether the role is trained.
+        needs_latents: the recipe's setting by which captions alone do not suffice, as in
+            `objective.rollout = data`; None where they do.
+    """
 
     roles: dict[str, bool]
+    needs_latents: str | None
 
     def phases(self, step: int) -> Sequence[Phase]:
         """The updates of optimizer step `step`, in order: cadence lives here and nowhere else."""
         ...
 
 
+def latents_of(batch: Batch, setting: str | None) -> Tensor:
+    """The batch's real latents in float32.
+
+    Args:
+        setting: the objective's `needs_latents`, for the message.
+
+    Raises:
+        UserError: the shards hold captions only.
+    """
+    if batch.latents is None:
+        raise UserError(f"data.shards: {setting} needs latents, these shards hold captions only")
+    return batch.latents.float()
+
+
 def per_sample_mean(x: Tensor) -> Tensor:
     """Mean over all dims but the batch: `[B, ...]` to `[B]`."""
     return x.flatten(1).mean(1)
-
-
-def motion(latents: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring latent frames, `[B, C, F, H, W]` to a scalar."""
-    latents = latents.detach()
-    if latents.shape[2] < 2:
-        return torch.zeros((), device=latents.device)
-    return (latents[:, :, 1:] - latents[:, :, :-1]).abs().mean()

@@ -86,8 +86,19 @@ def test_weights_of_the_loss_follow_their_schedules(world: World) -> None:
 def test_metrics_are_scalars_without_graphs(world: World) -> None:
     objective = make_sgmd(**DIVERSE)
     metrics = {k: v for phase in objective.phases(0) for k, v in world.run(phase).metrics.items()}
-    assert {"generator/alpha", "generator/motion", "generator/diversity", "fake_score/residual"} <= set(metrics)
+    assert {"generator/alpha", "generator/latent_motion", "generator/diversity", "fake_score/residual"} <= set(metrics)
     assert all(value.ndim == 0 and not value.requires_grad and value.isfinite() for value in metrics.values())
+
+
+def test_alpha_is_the_share_of_nr_beside_a_weighted_fisher_term(world: World) -> None:
+    """The losses' gradient vanishes where f_F = (f_T - alpha x_g) / (1 - alpha): both weights set alpha."""
+
+    def metrics(**keys: Any) -> dict[str, torch.Tensor]:
+        return world.run(make_sgmd(**keys).phases(0)[0]).metrics
+
+    single, double = metrics(), metrics(fisher_weight=2.0)
+    torch.testing.assert_close(double["generator/alpha"], single["generator/alpha"] / 2)
+    assert "generator/alpha" not in metrics(fisher_weight=0.0), "a share of nothing"
 
 
 # -- guidance ---------------------------------------------------------------------------------------------------
@@ -133,7 +144,8 @@ def test_diversity_pulls_the_first_step_to_where_the_teacher_goes(world: World, 
         x = x + (there - here) * (minus + 3.0 * (plus - minus))
     target = ((noise - x) / (1 - sigmas[steps])).detach()
     first = world.generator.bare(noise, torch.ones(2), text)
-    torch.testing.assert_close(extra.per_sample, 0.25 * mean((first - target) ** 2), atol=0, rtol=1e-5)
+    torch.testing.assert_close(extra.per_sample, mean((first - target) ** 2), atol=0, rtol=1e-5)
+    assert extra.weight == 0.25
     assert len(world.teacher.x) == steps and not any(world.teacher.graph)
 
 
@@ -151,6 +163,12 @@ def test_diversity_is_added_to_the_loss_and_costs_no_generator_forward(world: Wo
     assert extra is not None
     pull = torch.autograd.grad(extra.per_sample.mean(), world.generator.weight)[0]
     torch.testing.assert_close(gradients[1] - gradients[0], pull, atol=1e-9, rtol=1e-6)
+
+
+def test_the_diversity_metric_is_the_loss_without_its_weight(world: World) -> None:
+    weights = (0.05, 0.5)
+    metrics = [world.run(make_sgmd(diversity={"weight": weight}).phases(0)[0]).metrics for weight in weights]
+    assert metrics[0]["generator/diversity"] == metrics[1]["generator/diversity"] > 0
 
 
 # -- flow matching ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgmd_dist.objectives import dmd2, flow_matching, sgmd
 from sgmd_dist.objectives._distillation import score_metrics, teacher_distance
-from sgmd_dist.objectives.base import motion, per_sample_mean
+from sgmd_dist.objectives.base import per_sample_mean
 
 SHAPE = (3, 2, 2, 3, 2)  # [B, C, F, H, W]
 NUM_ELEMENTS = 24  # of one sample
@@ -120,8 +120,8 @@ def test_rc() -> None:
 def test_alpha() -> None:
     x_g, f_teacher = tensors(2)
     n, sigma = teacher_distance(x_g, f_teacher), torch.tensor([0.0, 0.5, 0.98], dtype=torch.float64)
-    expected = [0.3 * n[b].item() / max(sigma[b].item(), 1e-8) for b in range(3)]
-    assert sgmd.alpha(n, sigma, 0.3).tolist() == pytest.approx(expected, rel=1e-12)
+    expected = [0.3 * n[b].item() / (2.0 * max(sigma[b].item(), 1e-8)) for b in range(3)]
+    assert sgmd.alpha(n, sigma, nr_weight=0.3, fisher_weight=2.0).tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_dmd() -> None:
@@ -187,11 +187,3 @@ def test_score_metrics() -> None:
         "generator/teacher_distance": pytest.approx(n.mean().item()),
     }
     assert not any(value.requires_grad for value in metrics.values())
-
-
-def test_motion_is_the_mean_difference_of_neighbouring_frames() -> None:
-    latents = torch.zeros(1, 2, 3, 2, 2)
-    latents[:, :, 1], latents[:, :, 2] = 1.0, -2.0
-    assert motion(latents).item() == 2.0
-    assert motion(latents.requires_grad_()).requires_grad is False
-    assert motion(torch.randn(2, 3, 1, 4, 4)).item() == 0.0, "an image does not move"

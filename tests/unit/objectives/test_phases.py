@@ -66,7 +66,7 @@ def test_fake_updates_may_be_scheduled() -> None:
 
 def test_fewer_than_one_fake_update_is_refused() -> None:
     for too_few in (0.5, {"schedule": "linear", "from": 0.2, "to": 2, "steps": 9}):
-        with pytest.raises(ValueError, match="fake_updates >= 1"):
+        with pytest.raises(ValueError, match="expected a number >= 1, at every step"):
             make_sgmd(fake_updates=too_few)
 
 
@@ -88,8 +88,8 @@ def test_more_diversity_steps_than_there_are_is_refused() -> None:
 )
 @pytest.mark.parametrize("exit_draw", ["independent", "stratified"])
 def test_exit_index_covers_its_domain_evenly(keys: dict[str, Any], domain: set[int], exit_draw: str) -> None:
-    objective = make_sgmd(exit_draw=exit_draw, **keys)
-    counts = Counter(exits(objective, 1, step)[0] for step in range(1200))
+    objective = make_sgmd(exit_draw=exit_draw, exit_groups=len(domain), **keys)
+    counts = Counter(exits(objective, len(domain), step)[0] for step in range(1200))
     assert set(counts) == domain
     assert all(count == pytest.approx(1200 / len(domain), rel=0.2) for count in counts.values())
 
@@ -118,14 +118,30 @@ def test_stratified_exits_cover_every_step_of_the_chain_in_each_round(keys: dict
 def test_exit_index_is_one_per_group_of_units(exit_draw: str) -> None:
     """Units are dealt to ranks round-robin, so one value per group of consecutive units is one for all ranks; and the
     number of micro-batches in a group does not matter."""
-    objective = make_sgmd(exit_draw=exit_draw, exit_groups=2)
+    objective = make_sgmd(exit_draw=exit_draw, exit_groups=4)
     seen = set()
     for step in range(40):
         wide = [objective.exit_index(StepState(step, 7, 8, unit), "rollout") for unit in range(8)]
-        assert len(set(wide[:4])) == len(set(wide[4:])) == 1
-        assert [wide[0], wide[4]] == exits(objective, 2, step)
-        seen.add((wide[0], wide[4]))
+        assert wide[::2] == wide[1::2] == exits(objective, 4, step)
+        seen.add((wide[0], wide[2]))
     assert len(seen) > 6, "groups and steps draw for themselves"
+
+
+@pytest.mark.parametrize(
+    "keys, num_exits",
+    [
+        ({}, 4),
+        (DIVERSE, 3),
+        ({"diversity": {"weight": {"schedule": "piecewise", "points": [[0, 0.05], [100, 0.0]]}}}, 4),
+        ({"student_steps": 1, **DIVERSE}, 1),
+    ],
+)
+def test_stratified_exits_need_a_group_for_each_exit(keys: dict[str, Any], num_exits: int) -> None:
+    make_sgmd(exit_draw="stratified", exit_groups=num_exits, **keys)
+    make_sgmd(exit_draw="independent", **keys)
+    if num_exits > 1:
+        with pytest.raises(ValueError, match=f"expected at least {num_exits} groups"):
+            make_sgmd(exit_draw="stratified", exit_groups=num_exits - 1, **keys)
 
 
 def test_exit_draws_of_generator_fake_and_updates_are_independent() -> None:
