@@ -55,7 +55,11 @@ class VideoModel(Protocol):
         ...
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
-        """Latent shape of a video of so many frames and pixels, by the strides of the family's VAE."""
+        """Latent shape of a video of so many frames and pixels, by the strides of the family's VAE.
+
+        Raises:
+            UserError: these sizes do not make whole latents and patches; the message names `data.video`'s key.
+        """
         ...
 
     def smallest_latents(self) -> LatentShape:

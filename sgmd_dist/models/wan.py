@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,14 +9,15 @@ from typing import Any, Literal, cast
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from sgmd_dist import rng
 from sgmd_dist.errors import UserError
 from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
+from sgmd_dist.models._wan_folder import read_folder
 from sgmd_dist.models.base import LatentShape
-from sgmd_dist.recipe import ModelSection
+from sgmd_dist.recipe import ModelSection, wrong
 from sgmd_dist.recipe import Section as RecipeSection
 
 _VAE_TEMPORAL_STRIDE = 4
@@ -39,14 +38,31 @@ class WanConfig(RecipeSection):
     ffn_dim: int = Field(8960, ge=1)
     num_layers: int = Field(30, ge=1)
     cross_attn_norm: bool = True
-    qk_norm: str | None = "rms_norm_across_heads"
+    qk_norm: Literal["rms_norm_across_heads"] | None = "rms_norm_across_heads"
     eps: float = Field(1e-6, gt=0)
     rope_max_seq_len: int = Field(1024, ge=1)
 
+    @field_validator("patch_size")
+    @classmethod
+    def _positive(cls, patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
+        if min(patch_size) < 1:
+            raise wrong("expected three integers >= 1: frames, height and width of a patch")
+        return patch_size
+
+    @field_validator("attention_head_dim")
+    @classmethod
+    def _even(cls, attention_head_dim: int) -> int:
+        if attention_head_dim % 2:
+            raise wrong("expected an even integer >= 6: rotary embedding turns pairs of numbers")
+        return attention_head_dim
+
     @model_validator(mode="after")
-    def _even_head_dim(self) -> WanConfig:
-        if self.attention_head_dim % 2:
-            raise ValueError(f"attention_head_dim = {self.attention_head_dim}: rotary embedding needs an even number")
+    def _as_many_out_as_in(self) -> WanConfig:
+        if self.in_channels != self.out_channels:
+            raise wrong(
+                f"in_channels = {self.in_channels}, out_channels = {self.out_channels}: expected equal numbers: the"
+                " velocity has the shape of the latents"
+            )
         return self
 
 
@@ -71,28 +87,32 @@ def build(section: Section, pretrained: str | None, key: str) -> Wan:
         key: the recipe key that gave `pretrained`, for messages.
 
     Raises:
-        UserError: the folder is missing or holds no Wan transformer, or neither folder nor config is given.
+        UserError: the folder is missing, incomplete or of another kind of model, or there is neither folder nor config.
     """
     compute_dtype = _DTYPES[section.compute_dtype]
     if pretrained is None:
         if section.config is None:
             raise UserError(f"{key}: neither {key} nor model.config is set; give a diffusers folder or a config")
-        return Wan(section.config.model_dump(), None, bool(section.expand_timesteps), compute_dtype)
-    folder, config = _read_config(Path(pretrained), key)
-    expand = section.expand_timesteps
-    if expand is None:
-        expand = _pipeline_expands_timesteps(folder.parent)
-    return Wan(config, folder, expand, compute_dtype)
+        return Wan(section.config.model_dump(), None, [], bool(section.expand_timesteps), compute_dtype)
+    found = read_folder(Path(pretrained), key)
+    expand = found.expand_timesteps if section.expand_timesteps is None else section.expand_timesteps
+    return Wan(found.config, found.path, found.weight_files, expand, compute_dtype)
 
 
 class Wan:
     """A Wan transformer's architecture and conventions; see `sgmd_dist.models.base.VideoModel`."""
 
     def __init__(
-        self, config: dict[str, Any], folder: Path | None, expand_timesteps: bool, compute_dtype: torch.dtype
+        self,
+        config: dict[str, Any],
+        folder: Path | None,
+        weight_files: list[Path],
+        expand_timesteps: bool,
+        compute_dtype: torch.dtype,
     ) -> None:
         self.config = config
         self.folder = folder
+        self._weight_files = weight_files
         self.expand_timesteps = expand_timesteps
         self.compute_dtype = compute_dtype
 
@@ -108,7 +128,10 @@ class Wan:
         module.rope = rope.to(next(module.parameters()).device)
 
     def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Xavier-uniform weights, zero biases and output projection, unit norms; embedders of time at std 0.02."""
+        """Wan's own: normal weights of Xavier's variance, zero biases and output projection, unit norms.
+
+        The embedders of time and text have std 0.02, the modulation tables 1/sqrt(width).
+        """
         if "scale_shift_table" in name:
             return rng.normal(shape, seed, f"init/{name}") / shape[-1] ** 0.5
         if len(shape) == 1:
@@ -121,13 +144,7 @@ class Wan:
         return rng.normal(shape, seed, f"init/{name}") * (2 / (fan_in + fan_out)) ** 0.5
 
     def weight_files(self) -> list[Path]:
-        if self.folder is None:
-            return []
-        index = self.folder / "diffusion_pytorch_model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return [self.folder / name for name in names]
-        return sorted(self.folder.glob("*.safetensors"))
+        return self._weight_files
 
     def velocity(self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
         output = module(
@@ -147,11 +164,15 @@ class Wan:
         return timestep[:, None].expand(-1, math.prod(size // patch for size, patch in sizes))
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
-        channels = self.config["in_channels"]
-        stride = _VAE_SPATIAL_STRIDE.get(channels, 1)
-        if stride == 1:
-            return channels, num_frames, height, width
-        return channels, (num_frames - 1) // _VAE_TEMPORAL_STRIDE + 1, height // stride, width // stride
+        channels, patch = self.config["in_channels"], self.config["patch_size"]
+        pixels = _VAE_SPATIAL_STRIDE.get(channels)
+        frames = 1 if pixels is None else _VAE_TEMPORAL_STRIDE
+        return (
+            channels,
+            _num_latents("num_frames", num_frames, frames, patch[0], lone_first=True),
+            _num_latents("height", height, pixels or 1, patch[1]),
+            _num_latents("width", width, pixels or 1, patch[2]),
+        )
 
     def smallest_latents(self) -> LatentShape:
         return (self.config["in_channels"], *self.config["patch_size"])
@@ -169,31 +190,21 @@ class Wan:
         return cast(nn.Module, WanTransformer3DModel.from_pretrained(folder, local_files_only=True)).state_dict()
 
 
-def _read_config(pretrained: Path, key: str) -> tuple[Path, dict[str, Any]]:
-    if not pretrained.is_dir():
+def _num_latents(name: str, size: int, stride: int, patch: int, *, lone_first: bool = False) -> int:
+    """How many latents `size` frames or pixels become, in whole patches.
+
+    Args:
+        name: the key in `data.video`.
+        stride: frames or pixels per latent.
+        lone_first: the first latent holds one frame only.
+    """
+    missing = stride - 1 if lone_first else 0
+    unit = stride * patch
+    count, rest = divmod(size + missing, unit)
+    if rest or count == 0:
+        form = f"{unit} n + {unit - missing}" if missing else f"a multiple of {unit}"
+        nearest = " or ".join(str(unit * n - missing) for n in (count, count + 1) if n)
         raise UserError(
-            f"{key} = '{pretrained}': no such folder (working directory {Path.cwd()}); download the model's diffusers"
-            f" folder there, or set {key}=PATH"
+            f"data.video.{name} = {size}: expected {form} (VAE stride {stride}, patch size {patch}); nearest: {nearest}"
         )
-    folder = pretrained / "transformer" if (pretrained / "transformer").is_dir() else pretrained
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{key} = '{pretrained}': no {path}; expected a diffusers pipeline or transformer") from None
-    except ValueError as error:
-        raise UserError(f"{key} = '{pretrained}': {path} is not valid JSON: {error}") from None
-    name = config.get("_class_name")
-    if name != WanTransformer3DModel.__name__:
-        raise UserError(f"{key} = '{pretrained}': {path} describes {name}, expected {WanTransformer3DModel.__name__}")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{key} = '{pretrained}': {folder} holds no *.safetensors weights; download them too")
-    parameters = inspect.signature(WanTransformer3DModel.__init__).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}  # older files lack newer keys
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
-    return folder, {**defaults, **given}
-
-
-def _pipeline_expands_timesteps(pipeline: Path) -> bool:
-    index = pipeline / "model_index.json"
-    return bool(json.loads(index.read_text()).get("expand_timesteps")) if index.exists() else False
+    return count * patch

@@ -90,7 +90,8 @@ def test_released_recipes_hold_their_own_values(name: str):
     video = recipe.data.video
     assert video is not None
     assert (video.num_frames, video.height, video.width) == values["video"]
-    section = Section(config=WanConfig(in_channels=LATENTS[name][0]))
+    channels = LATENTS[name][0]
+    section = Section(config=WanConfig(in_channels=channels, out_channels=channels))
     assert build(section, None, "model.pretrained").latent_shape(*values["video"]) == LATENTS[name]
 
 
