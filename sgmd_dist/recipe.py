@@ -60,8 +60,8 @@ class Section(BaseModel):
 class RunSection(Section):
     """Name, place and length of the run.
 
-    `resume`: `auto` continues from the newest committed checkpoint of `dir`, `never` starts anew (and refuses
-    a folder with checkpoints unless `overwrite` is set), a path continues from that checkpoint or run.
+    `resume`: `auto` continues from the newest committed checkpoint of `dir`, `never` starts anew (and moves the
+    folder of earlier checkpoints aside), a path continues from that checkpoint or run.
     """
 
     name: str = "run"

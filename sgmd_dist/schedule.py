@@ -126,4 +126,5 @@ def _wrong(message: str) -> PydanticCustomError:
 
 NonNegative = Annotated[Schedule, scheduled(ge=0.0)]
 Positive = Annotated[Schedule, scheduled(gt=0.0)]
+AtLeastOne = Annotated[Schedule, scheduled(ge=1.0)]
 UnitInterval = Annotated[Schedule, scheduled(ge=0.0, le=1.0)]

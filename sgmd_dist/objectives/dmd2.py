@@ -18,14 +18,14 @@ from sgmd_dist.objectives._distillation import (
 )
 from sgmd_dist.objectives.base import Losses, StepState, per_sample_mean
 from sgmd_dist.roles import Roles
-from sgmd_dist.schedule import Positive, constant
+from sgmd_dist.schedule import AtLeastOne, constant
 
 
 class Section(DistillationSection):
     """`objective` section of DMD2; five fake-score updates per generator update unless told otherwise."""
 
     name: Literal["dmd2"] = "dmd2"
-    fake_updates: Positive = constant(5)
+    fake_updates: AtLeastOne = constant(5)
 
 
 def dmd_gradient(x0_fake: Tensor, x0_teacher: Tensor, normalizer: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from sgmd_dist import flow, rng
 from sgmd_dist.batch import Batch
-from sgmd_dist.errors import UserError
-from sgmd_dist.objectives.base import Losses, Phase, StepState, per_sample_mean
+from sgmd_dist.objectives.base import Losses, Phase, StepState, latents_of, per_sample_mean
 from sgmd_dist.recipe import ObjectiveSection
 from sgmd_dist.roles import Roles
 
@@ -44,16 +43,15 @@ class FlowMatching:
 
     def __init__(self, section: Section) -> None:
         self.roles = {"generator": True}
+        self.needs_latents = "objective.name = flow_matching"
         self.section = section
 
     def phases(self, step: int) -> Sequence[Phase]:
         return [Phase("generator", self._loss)]
 
     def _loss(self, roles: Roles, batch: Batch, state: StepState) -> Losses:
-        if batch.latents is None:
-            raise UserError("data.shards: objective flow_matching needs latents; these shards hold captions only")
-        device, seed = batch.latents.device, state.seed
-        x0 = batch.latents.float()
+        x0, seed = latents_of(batch, self.needs_latents), state.seed
+        device = x0.device
         noise = rng.sample_normal(batch.latent_shape, seed, "flow/noise", batch.ids, device=device)
         u = rng.sample_uniform(seed, "flow/sigma", batch.ids, device=device)
         sigma = flow.shift_sigma(u, self.section.sigma_shift).float()

@@ -55,6 +55,10 @@ class Section(DistillationSection):
     rc_weight: NonNegative = constant(1.0)
     diversity: DiversitySection = DiversitySection()
 
+    def max_exits(self) -> int:
+        always_diverse = min(self.diversity.weight.values()) > 0
+        return max(self.student_steps - always_diverse, 1)
+
 
 def fisher_loss(x0_fake: Tensor, x0_teacher: Tensor, normalizer: Tensor) -> Tensor:
     """Fisher term per sample: mean ½ (f_F - sg f_T)² / (n + 1e-8).
@@ -80,9 +84,10 @@ def rc_loss(velocity_fake: Tensor, noise: Tensor, x_g: Tensor) -> Tensor:
     return per_sample_mean((velocity_fake - flow.velocity_target(x_g.detach(), noise)) ** 2) / 2
 
 
-def alpha(normalizer: Tensor, sigma: Tensor, nr_weight: float) -> Tensor:
-    """alpha = nr_weight n / sigma per sample: the share of the fake's prediction that NR replaces by x_g."""
-    return nr_weight * normalizer / sigma.clamp_min(1e-8)
+def alpha(normalizer: Tensor, sigma: Tensor, nr_weight: float, fisher_weight: float) -> Tensor:
+    """alpha = nr_weight n / (fisher_weight sigma) per sample: the share of the fake's prediction that NR replaces
+    by x_g, where there is a Fisher term to replace it in."""
+    return nr_weight * normalizer / (fisher_weight * sigma.clamp_min(1e-8))
 
 
 def build(section: Section) -> Sgmd:
@@ -104,9 +109,10 @@ class Sgmd(Distillation):
         metrics = {
             "generator/fisher": fisher.detach().mean(),
             "generator/nr": nr.detach().mean(),
-            "generator/alpha": alpha(n, at.sigma, nr_weight).mean(),
             **score_metrics(x_g, x0_fake, x0_teacher, n),
         }
+        if fisher_weight > 0:
+            metrics["generator/alpha"] = alpha(n, at.sigma, nr_weight, fisher_weight).mean()
         return Losses(fisher_weight * fisher - nr_weight * nr, metrics)
 
     def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:
@@ -121,7 +127,7 @@ class Sgmd(Distillation):
             return None
         target = self._diversity_target(roles, batch, state, noise)
         velocity = roles["generator"](noise, torch.ones(batch.size, device=noise.device), batch.prompt_embeds)
-        return ExtraLoss(weight * per_sample_mean((velocity - target) ** 2), velocity)
+        return ExtraLoss(per_sample_mean((velocity - target) ** 2), weight, velocity)
 
     @torch.no_grad()
     def _diversity_target(self, roles: Roles, batch: Batch, state: StepState, noise: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def test_sgmd_gradient_is_the_closed_form(nr_weight: float) -> None:
 def test_sgmd_gradient_is_the_alpha_form() -> None:
     """NR replaces the share alpha = lambda n / sigma of the fake's prediction by x_g."""
     at = draws()
-    alpha = sgmd.alpha(at.n, at.sigma, NR_WEIGHT)[:, None]
+    alpha = sgmd.alpha(at.n, at.sigma, NR_WEIGHT, 1.0)[:, None]
     torch.testing.assert_close(alpha[:, 0], NR_WEIGHT * at.n / at.sigma)
     cotangent = ((1 - alpha) * at.f_fake + alpha * at.x_g - at.f_teacher) / at.n[:, None]
     torch.testing.assert_close(sgmd_gradient(at, NR_WEIGHT), at.times_a_jacobian(cotangent), atol=2e-7, rtol=1e-6)
