@@ -19,7 +19,7 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
     """
     objective = build_objective(recipe)
     models = {role: build_model(recipe, role) for role in objective.roles}
-    check_sources(recipe)
+    check_sources(recipe, models["generator"], objective.needs_latents)
     lines = [
         f"recipe      {recipe.run.name}: {recipe.objective.name} on {recipe.model.family}, {recipe.run.steps} steps",
         f"ranks       {layout.world_size} = dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard}"

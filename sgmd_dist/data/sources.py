@@ -32,32 +32,46 @@ def open_shards(recipe: Recipe, model: VideoModel) -> ShardIndex:
     Raises:
         UserError: a source, file or folder is missing, or the shards do not fit the recipe's model.
     """
-    check_sources(recipe)
+    check_sources(recipe, model)
     paths = [str(_materialize(source, recipe, model)) for source in shard_list(recipe.data.shards)]
     index = ShardIndex.open(paths)
     _check_fit(index, recipe, model)
     return index
 
 
-def check_sources(recipe: Recipe) -> None:
-    """Look for everything that `data.shards` needs, without writing anything.
+def check_sources(recipe: Recipe, model: VideoModel, needs_latents: str | None = None) -> None:
+    """Look for everything that `data.shards` and `data.video` need, without writing anything.
+
+    Args:
+        needs_latents: the setting by which shards of captions alone do not suffice, or None where they do.
 
     Raises:
-        UserError: something is missing; the message names the key.
+        UserError: something is missing or unfit; the message names the key.
     """
+    if recipe.data.video is not None:
+        _video_shape(recipe, model)
     for source in shard_list(recipe.data.shards):
-        if source.startswith(WORLD):
-            _world(source)
-            _text_encoder_folder(recipe)
-        elif source.startswith(PROMPTS):
-            _captions(source)
-            _text_encoder_folder(recipe)
-            if recipe.data.video is None:
-                raise UserError(
-                    f"data.shards = '{source}': set data.video to num_frames, height and width of the videos"
-                )
-        else:
-            ShardIndex.open(source)
+        if not _check_source(source, recipe) and needs_latents is not None:
+            raise UserError(
+                f"data.shards = '{source}': {needs_latents} needs latents, this holds captions only; name shards with"
+                " latents or change that key"
+            )
+
+
+def _check_source(source: str, recipe: Recipe) -> bool:
+    """Raise for what the source lacks; returns whether it holds latents."""
+    if source.startswith(WORLD):
+        _world(source)
+        _text_encoder_folder(recipe)
+        return True
+    if source.startswith(PROMPTS):
+        _captions(source)
+        _text_encoder_folder(recipe)
+        if recipe.data.video is None:
+            raise UserError(f"data.shards = '{source}': set data.video to num_frames, height and width of the videos")
+        return False
+    index = ShardIndex.open(source)
+    return all(index.has_latents(bucket) for bucket in index.buckets)
 
 
 def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
@@ -69,7 +83,7 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
         facts = [source, WORLD_SAMPLES, WORLD_SEED, repr(world)]
     else:
         captions = _captions(source)
-        shape = _prompt_shape(recipe, model)
+        shape = _video_shape(recipe, model)
         facts = [source, captions, shape]
     digest = hashlib.sha256(json.dumps([*facts, str(encoder_folder.resolve())]).encode()).hexdigest()[:12]
     folder = Path(recipe.run.dir) / "cache" / f"{source.partition(':')[0]}-{digest}"
@@ -81,7 +95,7 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
     if source.startswith(WORLD):
         write_world_shards(folder, _world(source), encoder, num_samples=WORLD_SAMPLES, seed=WORLD_SEED)
     else:
-        write_prompt_shards(folder, _captions(source), encoder, _prompt_shape(recipe, model))
+        write_prompt_shards(folder, _captions(source), encoder, _video_shape(recipe, model))
     return folder
 
 
@@ -103,7 +117,7 @@ def latent_shape_of(recipe: Recipe, model: VideoModel) -> LatentShape:
     """The latent shape (C, F, H, W) that the recipe's videos have: of `data.video`, the world, or the first shard."""
     source = shard_list(recipe.data.shards)[0]
     if recipe.data.video is not None:
-        return _prompt_shape(recipe, model)
+        return _video_shape(recipe, model)
     if source.startswith(WORLD):
         return _world(source).latent_shape
     index = ShardIndex.open(source)
@@ -152,7 +166,7 @@ def _text_encoder_folder(recipe: Recipe) -> Path:
     return Path(folder)
 
 
-def _prompt_shape(recipe: Recipe, model: VideoModel) -> LatentShape:
+def _video_shape(recipe: Recipe, model: VideoModel) -> LatentShape:
     video = recipe.data.video
     assert video is not None, "check_sources asks for data.video"
     return model.latent_shape(video.num_frames, video.height, video.width)

@@ -1,0 +1,97 @@
+"""What `--check` finds before a GPU is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgmd_dist import preflight
+from sgmd_dist.data.shards import ShardWriter, consolidate, write_negative_prompt
+from sgmd_dist.errors import UserError
+from sgmd_dist.recipe_file import load_recipe
+
+ENCODER = Path(__file__).resolve().parents[2] / "recipes" / "tiny_wan"
+RECIPE = f"""
+run: {{name: checked, steps: 1}}
+model:
+  family: wan
+  config: {{num_layers: 1, num_attention_heads: 2, attention_head_dim: 12, ffn_dim: 32, text_dim: 32, in_channels: 3,
+    out_channels: 3}}
+objective: {{name: sgmd}}
+data: {{text_encoder: {ENCODER}, global_batch_size: 1}}
+"""
+VIDEO = "data.video={num_frames: 8, height: 12, width: 12}"
+LATENTS = (3, 8, 12, 12)
+
+
+@pytest.fixture(autouse=True)
+def _recipe_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`recipe.yaml`, `prompts.txt`, and the folders `captions` and `latents` of shards without and with latents."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("prompts.txt").write_text("a red ball moving left\n")
+    for name in ("captions", "latents"):
+        latents = torch.zeros(LATENTS, dtype=torch.bfloat16) if name == "latents" else None
+        with ShardWriter(name, latent_shape=LATENTS, bucket=name) as writer:
+            writer.add("0", torch.zeros(2, 32, dtype=torch.bfloat16), "a ball", latents=latents)
+        write_negative_prompt(name, torch.zeros(1, 32, dtype=torch.bfloat16))
+        consolidate(name)
+
+
+def check(*words: str) -> list[str]:
+    recipe = load_recipe("recipe.yaml", words)
+    return preflight.check(recipe, recipe.layout(1))
+
+
+def message(*words: str) -> str:
+    with pytest.raises(UserError) as error:
+        check(*words)
+    return str(error.value)
+
+
+# Videos that the model can make
+
+
+@pytest.mark.parametrize("shards", ["prompts:prompts.txt", "latents"])
+def test_a_size_of_video_that_the_model_cannot_make_is_refused(shards: str):
+    assert check(f"data.shards={shards}", VIDEO)
+    assert message(f"data.shards={shards}", VIDEO, "data.video.height=13") == (
+        "data.video.height = 13: expected a multiple of 2 (VAE stride 1, patch size 2); nearest: 12 or 14"
+    )
+
+
+# Objectives that need latents
+
+
+SETTINGS = [
+    (["objective.name=flow_matching"], "objective.name = flow_matching"),
+    (["objective.rollout=data"], "objective.rollout = data"),
+    (["objective={name: dmd2, rollout: data}"], "objective.rollout = data"),
+]
+
+
+@pytest.mark.parametrize("words, setting", SETTINGS)
+@pytest.mark.parametrize(
+    "shards, source", [("prompts:prompts.txt", None), ("captions", None), ("[latents, captions]", "captions")]
+)
+def test_an_objective_that_needs_latents_refuses_captions(
+    words: list[str], setting: str, shards: str, source: str | None
+):
+    assert message(f"data.shards={shards}", VIDEO, *words) == (
+        f"data.shards = '{source or shards}': {setting} needs latents, this holds captions only; name shards with"
+        " latents or change that key"
+    )
+
+
+@pytest.mark.parametrize("words, setting", SETTINGS)
+@pytest.mark.parametrize("shards", ["world:moving_shapes", "latents"])
+def test_an_objective_that_needs_latents_takes_them(words: list[str], setting: str, shards: str):
+    assert check(f"data.shards={shards}", *words)
+
+
+@pytest.mark.parametrize("rollout", ["euler", "renoise"])
+@pytest.mark.parametrize("shards", ["prompts:prompts.txt", "captions"])
+def test_rollouts_from_noise_take_captions(rollout: str, shards: str):
+    assert check(f"data.shards={shards}", VIDEO, f"objective.rollout={rollout}")
