@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import transformers
 from loguru import logger
 from tqdm import tqdm
 
@@ -14,7 +13,6 @@ _FORMAT = "{time:HH:mm:ss} | {level: <7} | rank {extra[rank]} | {message}"
 
 def setup_logging(run_dir: Path, rank: int) -> None:
     """Send this process's log to `run_dir`/logs/rank<N>.log, and the main rank's to stderr above the bar."""
-    transformers.utils.logging.disable_progress_bar()
     logger.remove()
     logger.configure(extra={"rank": rank})
     logger.add(run_dir / "logs" / f"rank{rank}.log", format=_FORMAT, level="DEBUG", enqueue=False)

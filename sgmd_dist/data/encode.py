@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ class TextEncoder:
                 )
         encoder_class = _encoder_class(config_path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        encoder = encoder_class.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True)
+        with _no_loading_bar():
+            encoder = encoder_class.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True)
         return cls(tokenizer, encoder.to(device), min(max_tokens, tokenizer.model_max_length))
 
     @property
@@ -89,6 +91,19 @@ def clean_caption(caption: str) -> str:
     if ftfy is not None:
         caption = ftfy.fix_text(caption)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(caption))).strip()
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Hide the bar that transformers draws over the weights, which breaks up the trainer's own and scripts' output."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _encoder_class(config_path: Path) -> type:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from sgmd_dist.data.encode import TextEncoder, clean_caption, make_tiny_text_encoder
 from sgmd_dist.data.world import World
@@ -48,6 +49,18 @@ def test_too_long_captions_are_cut(encoder):
 
 def test_the_dtype_is_the_one_asked_for():
     assert TextEncoder.from_pretrained(SHIPPED, torch.bfloat16).encode(["a ball"])[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_draws_no_bar_and_leaves_others_bars_as_they_were(capfd, shown: bool):
+    bars = transformers.utils.logging
+    bars.enable_progress_bar() if shown else bars.disable_progress_bar()
+    try:
+        TextEncoder.from_pretrained(SHIPPED)
+        assert bars.is_progress_bar_enabled() is shown
+    finally:
+        bars.enable_progress_bar()
+    assert capfd.readouterr().err == ""
 
 
 def test_captions_are_cleaned_as_wans_pipeline_does():
