@@ -186,12 +186,8 @@ def checksums(tree: Tree) -> dict[str, int]:
     """Per tree, the sum over all elements of their bits as integers, modulo 2^64: equal for every sharding."""
     local = _bits(tree)
     total = torch.tensor(list(local.values()), dtype=torch.int64)
-    dist.all_reduce(total, group=_cpu_group())
+    dist.all_reduce(total)  # the default group has a CPU backend beside NCCL
     return dict(zip(local, total.tolist(), strict=True))
-
-
-def _cpu_group() -> dist.ProcessGroup | None:
-    return None  # the default group has a CPU backend beside NCCL
 
 
 def _bits(tree: Tree) -> dict[str, int]:
