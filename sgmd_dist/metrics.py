@@ -97,7 +97,9 @@ class RunLog(AbstractContextManager["RunLog"]):
     def __init__(self, run_dir: Path, *, is_main: bool, tensorboard: bool, first_step: int, num_steps: int) -> None:
         self._is_main = is_main
         self._path = run_dir / "metrics.jsonl"
-        self._writer = SummaryWriter(str(run_dir / "tensorboard")) if is_main and tensorboard else None
+        self._writer: SummaryWriter | None = None
+        if is_main and tensorboard:
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(
             total=num_steps, initial=first_step, unit="step", disable=not is_main, dynamic_ncols=True, mininterval=1.0
         )
@@ -136,14 +138,16 @@ def _cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept, dropped = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
         try:
             keep = json.loads(line)["step"] <= step
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             keep = False
         kept, dropped = ([*kept, line], dropped) if keep else (kept, dropped + 1)
-    if dropped:
+    if dropped or not text.endswith("\n"):
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         aside.replace(path)
+    if dropped:
         logger.info("{}: dropped {} lines after step {}, which are done again", path, dropped, step)

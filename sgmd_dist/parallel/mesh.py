@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from sgmd_dist.errors import UserError
 from sgmd_dist.recipe import Layout
 
 TIMEOUT = timedelta(minutes=30)
+_LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,24 @@ class Mesh:
 
 
 def world_size() -> int:
-    """The number of ranks that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of ranks that the launcher started; 1 without a launcher.
+
+    Raises:
+        UserError: the environment is half a launcher's.
+    """
+    return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
+
+
+def _is_launched() -> bool:
+    """True under torchrun, or whatever sets the same variables."""
+    if "RANK" not in os.environ:
+        return False
+    if missing := [name for name in _LAUNCHER_SETS if name not in os.environ]:
+        raise UserError(
+            f"environment: RANK = {os.environ['RANK']} is set and {', '.join(missing)} not; start with torchrun, or"
+            " unset RANK to train in one process"
+        )
+    return True
 
 
 @contextmanager
@@ -52,14 +70,20 @@ def process_group() -> Iterator[torch.device]:
 
     Without a launcher (`python launch/train.py`) the group has this process alone. CUDA ranks also get a gloo
     group for CPU tensors.
+
+    Raises:
+        UserError: the environment is half a launcher's, or there are more ranks than GPUs.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    is_launched = _is_launched()
     if use_cuda:
+        if local_rank >= (num_gpus := torch.cuda.device_count()):
+            raise UserError(f"environment: LOCAL_RANK = {local_rank}, with {num_gpus} GPUs; start one rank per GPU")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    if "RANK" in os.environ:
+    if is_launched:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

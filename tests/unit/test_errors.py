@@ -1,0 +1,77 @@
+"""What a command ends with: its exit code, and one line on stderr for what a person can mend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sgmd_dist.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_WRONG_INPUT, UserError, reports_user_errors
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_exit_codes_are_those_that_batch_scripts_rely_on() -> None:
+    assert (EXIT_DONE, EXIT_WRONG_INPUT, EXIT_PREEMPTED) == (0, 2, 75)
+
+
+@pytest.mark.parametrize("returned, code", [(None, 0), (0, 0), (75, 75), (2, 2)])
+def test_a_command_ends_with_what_its_main_returns_and_none_means_done(returned: int | None, code: int) -> None:
+    assert reports_user_errors(lambda: returned)() == code
+
+
+def test_a_user_error_is_one_message_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    @reports_user_errors
+    def main() -> int:
+        raise UserError("recipe.yaml: run.steps = 0: expected an integer >= 1")
+
+    assert main() == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "error: recipe.yaml: run.steps = 0: expected an integer >= 1\n"
+
+
+def test_a_kind_of_user_error_counts_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    class Special(UserError):
+        pass
+
+    @reports_user_errors
+    def main() -> None:
+        raise Special("special")
+
+    assert main() == 2
+    assert capsys.readouterr().err == "error: special\n"
+
+
+def test_a_bug_keeps_its_trace() -> None:
+    @reports_user_errors
+    def main() -> None:
+        raise ValueError("only a bug can do this")
+
+    with pytest.raises(ValueError, match="only a bug"):
+        main()
+
+
+def test_the_wrapped_main_keeps_its_name_and_documentation() -> None:
+    def main() -> None:
+        """Does it."""
+
+    assert reports_user_errors(main).__name__ == "main"
+    assert reports_user_errors(main).__doc__ == "Does it."
+
+
+def test_a_process_ends_with_the_code_and_without_a_trace() -> None:
+    code = """
+import sys
+from sgmd_dist.errors import UserError, reports_user_errors
+
+@reports_user_errors
+def main():
+    raise UserError("mend it")
+
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: mend it\n")

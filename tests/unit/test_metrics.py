@@ -1,0 +1,142 @@
+"""Metrics are reduced when they are logged; metrics.jsonl holds each step once, whatever was killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sgmd_dist.metrics import Metrics, RunLog
+
+
+@pytest.fixture
+def metrics(alone: torch.device) -> Metrics:
+    return Metrics(alone)
+
+
+def test_a_mean_is_over_the_records_and_a_sum_adds_them(metrics: Metrics) -> None:
+    for value in (1.0, 2.0, 6.0):
+        metrics.record("loss", value)
+        metrics.record("passes", value, reduce="sum")
+    assert metrics.flush() == {"loss": 3.0, "passes": 9.0}
+
+
+def test_a_flush_begins_anew(metrics: Metrics) -> None:
+    metrics.record("loss", 1.0)
+    metrics.flush()
+    assert metrics.flush() == {}
+    metrics.record("loss", 5.0)
+    assert metrics.flush() == {"loss": 5.0}
+
+
+def test_tensors_of_any_kind_are_recorded_without_their_graph(metrics: Metrics) -> None:
+    weight = torch.tensor(2.0, requires_grad=True)
+    metrics.record("graph", weight * 3)
+    metrics.record("half", torch.tensor(0.5, dtype=torch.bfloat16))
+    metrics.record("count", torch.tensor(7))
+    metrics.record("flag", True)
+    assert metrics.flush() == {"graph": 6.0, "half": 0.5, "count": 7.0, "flag": 1.0}
+
+
+def test_values_that_are_not_finite_are_reported_as_they_are(metrics: Metrics) -> None:
+    metrics.record("nan", math.nan)
+    metrics.record("inf", math.inf)
+    metrics.record("fine", 1.0)
+    values = metrics.flush()
+    assert math.isnan(values["nan"]) and math.isinf(values["inf"]) and values["fine"] == 1.0
+
+
+def test_a_timed_block_is_the_mean_of_its_seconds(metrics: Metrics) -> None:
+    for pause in (0.01, 0.03):
+        with metrics.timed("time/step_s"):
+            time.sleep(pause)
+    assert 0.02 <= metrics.flush()["time/step_s"] < 1
+
+
+def test_a_block_that_fails_is_not_timed(metrics: Metrics) -> None:
+    with pytest.raises(ValueError, match="stop"), metrics.timed("time/step_s"):
+        raise ValueError("stop")
+    assert metrics.flush() == {}
+
+
+# metrics.jsonl
+
+
+def write_steps(run_dir: Path, steps: list[int], *, first_step: int = 0, tensorboard: bool = False) -> None:
+    with RunLog(run_dir, is_main=True, tensorboard=tensorboard, first_step=first_step, num_steps=10) as log:
+        for step in steps:
+            log.step()
+            log.write(step, {"generator/loss": step / 10})
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_line_has_step_time_and_the_scalars(tmp_path: Path) -> None:
+    write_steps(tmp_path, [5])
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    content = json.loads(line)
+    assert content.pop("time") == pytest.approx(time.time(), abs=60)
+    assert content == {"step": 5, "generator/loss": 0.5}
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with RunLog(tmp_path, is_main=False, tensorboard=True, first_step=0, num_steps=10) as log:
+        log.step()
+        log.write(1, {"loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_drops_the_steps_that_it_does_again(tmp_path: Path) -> None:
+    write_steps(tmp_path, [1, 2, 3, 4])
+    write_steps(tmp_path, [3, 4, 5], first_step=2)
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "rubbish", ['{"step": 2, "ti', "", "5", "null", "[1]", '{"step": null}', '{"step": "x"}', '{"time": 1}']
+)
+def test_lines_that_are_no_metrics_are_dropped(tmp_path: Path, rubbish: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{rubbish}\n')
+    write_steps(tmp_path, [2], first_step=1)
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_bytes_that_are_no_text_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\x00\n')
+    write_steps(tmp_path, [2], first_step=1)
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_a_last_line_without_its_end_does_not_swallow_the_next(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    write_steps(tmp_path, [3], first_step=2)
+    assert steps_in(tmp_path) == [1, 2, 3]
+
+
+def test_an_empty_file_is_a_beginning(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    write_steps(tmp_path, [1])
+    assert steps_in(tmp_path) == [1]
+
+
+# TensorBoard
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    write_steps(tmp_path, [1, 2, 3, 4], tensorboard=True)
+    write_steps(tmp_path, [3, 4, 5], first_step=2, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("generator/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_no_tensorboard_folder_unless_asked_for(tmp_path: Path) -> None:
+    write_steps(tmp_path, [1])
+    assert not (tmp_path / "tensorboard").exists()
