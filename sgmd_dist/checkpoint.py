@@ -2,8 +2,9 @@
 
     checkpoints/step-00001000/    .metadata  __*.distcp  meta.json  recipe.yaml
 
-A save writes into `step-00001000.tmp`; the rename that commits it comes last, and older checkpoints are pruned only
-after it. Tensors are DTensors or replicated, never one rank's own; there is no random-number state.
+A save writes into `step-00001000.tmp`; the rename that commits it comes last, and older checkpoints and what killed
+saves left are pruned only after it. Tensors are DTensors or replicated, never one rank's own; there is no
+random-number state.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from loguru import logger
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
 
 from sgmd_dist import __version__
@@ -32,6 +35,8 @@ FOLDER = "checkpoints"
 RECIPE_FILE = "recipe.yaml"
 _META_FILE = "meta.json"
 _NAME = re.compile(r"step-(\d{8})")
+_LEFTOVER = re.compile(r"step-\d{8}\.(tmp|replaced)")
+_MAX_LISTED = 5
 
 Tree = dict[str, dict[str, Tensor]]  # "generator", "generator.optimizer", "generator.ema", ... -> name -> tensor
 
@@ -77,9 +82,12 @@ def read_meta(checkpoint: Path) -> Meta:
     """
     path = checkpoint / _META_FILE
     try:
-        return Meta(**json.loads(path.read_text(encoding="utf-8")))
+        meta = Meta(**json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(meta.step, int) or set(meta.num_tensors) != set(meta.checksums):
+            raise ValueError("its fields do not fit each other")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: is not a checkpoint's description ({error}); use another checkpoint") from None
+    return meta
 
 
 def training_state(roles: Roles) -> Tree:
@@ -108,7 +116,9 @@ def _optimizer_tensors(role: Role) -> dict[str, Tensor]:
 
 
 def save(run_dir: Path, roles: Roles, *, step: int, stream: dict[str, Any], recipe: str, keep: int) -> Path:
-    """Write and commit the checkpoint of `step`, then prune all but the newest `keep`. Collective.
+    """Write and commit the checkpoint of `step`, then prune all but the newest `keep` up to it. Collective.
+
+    Checkpoints of later steps, from which nothing continues when a run goes back to an earlier one, stay.
 
     Args:
         stream: the loader's state, equal on all ranks.
@@ -127,8 +137,7 @@ def save(run_dir: Path, roles: Roles, *, step: int, stream: dict[str, Any], reci
         _write_synced(aside / RECIPE_FILE, recipe)
         _write_synced(aside / _META_FILE, json.dumps(asdict(meta), indent=1))
         _commit(aside, final)
-        for old in committed(run_dir)[:-keep]:
-            shutil.rmtree(old)
+        _prune(run_dir, final, keep)
         logger.info("saved {}", final)
     dist.barrier()
     return final
@@ -164,6 +173,8 @@ def load_tree(checkpoint: Path, name: str, shapes: dict[str, torch.Size]) -> dic
     meta = read_meta(checkpoint)
     if name not in meta.num_tensors:
         raise UserError(f"{checkpoint}: holds no '{name}'; it has {', '.join(meta.num_tensors)}")
+    if meta.num_tensors[name] != len(shapes):
+        raise UserError(_unfit(checkpoint, f"'{name}' has {meta.num_tensors[name]} tensors, expected {len(shapes)}"))
     tensors = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items()}
     _fill({name: tensors}, checkpoint, no_dist=True)
     if _bits({name: tensors}) != {name: meta.checksums[name]}:
@@ -220,10 +231,37 @@ def _wrap(value: int) -> int:
 
 
 def _fill(tree: Tree, checkpoint: Path, *, no_dist: bool = False) -> None:
+    _check_shapes(tree, checkpoint)
     try:
-        dcp.load(dict(tree), checkpoint_id=checkpoint, no_dist=no_dist)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `no_dist` asks
+            dcp.load(dict(tree), checkpoint_id=checkpoint, no_dist=no_dist)
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(_damaged(checkpoint, " ".join(str(error).split())[:300])) from error
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        why = " ".join(str(cause).split()).partition(". ")[0]  # torch goes on with advice that is none here
+        raise UserError(_damaged(checkpoint, f"{type(cause).__name__} {why}".strip())) from error
+
+
+def _check_shapes(tree: Tree, checkpoint: Path) -> None:
+    """Compare names and shapes with the checkpoint's own list, which DCP would log traces about."""
+    try:
+        saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever unpickling damaged bytes raises
+        raise UserError(_damaged(checkpoint, f"its .metadata cannot be read ({error})")) from error
+    wrong: list[str] = []
+    for name, tensor in ((f"{part}.{key}", t) for part, tensors in tree.items() for key, t in tensors.items()):
+        found = saved.get(name)
+        if not isinstance(found, TensorStorageMetadata):
+            wrong.append(f"no {name}")
+        elif found.size != tensor.shape:
+            wrong.append(f"{name} {tuple(found.size)}, expected {tuple(tensor.shape)}")
+    if wrong:
+        more = f" and {len(wrong) - _MAX_LISTED} more" if len(wrong) > _MAX_LISTED else ""
+        raise UserError(_unfit(checkpoint, ", ".join(wrong[:_MAX_LISTED]) + more))
+
+
+def _unfit(checkpoint: Path, why: str) -> str:
+    return f"{checkpoint}: is of another network: {why}; use the model that {checkpoint / RECIPE_FILE} names"
 
 
 def _damaged(checkpoint: Path, why: str) -> str:
@@ -240,13 +278,26 @@ def _write_synced(path: Path, text: str) -> None:
 def _commit(aside: Path, final: Path) -> None:
     _sync_folder(aside)
     if final.exists():  # a run resumed from before this step; the old one stays until the new one is complete
-        replaced = final.with_suffix(".replaced")
-        final.rename(replaced)
-        aside.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        aside.rename(final)
+        _set_aside(final)
+    aside.rename(final)
     _sync_folder(final.parent)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Take back a commit: `_prune` removes what this leaves, also after a kill in between."""
+    replaced = checkpoint.with_suffix(".replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    checkpoint.rename(replaced)
+
+
+def _prune(run_dir: Path, newest: Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints up to `newest`, and the leftovers of killed saves."""
+    for old in [path for path in committed(run_dir) if path.name <= newest.name][:-keep]:
+        _set_aside(old)
+    for leftover in (run_dir / FOLDER).iterdir():
+        if _LEFTOVER.fullmatch(leftover.name):
+            shutil.rmtree(leftover)
 
 
 def _sync_folder(folder: Path) -> None:
