@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sgmd_dist.errors import UserError
@@ -29,13 +31,14 @@ def latents_as_rgb(latents: Tensor) -> Tensor:
 
 def decoder(pretrained: Path | None, device: torch.device | str = "cpu") -> ToRgb:
     """How latents of a pretrained pipeline become pictures: its Wan VAE where `pretrained`/vae exists, else the
-    latents themselves."""
+    latents themselves.
+
+    Raises:
+        UserError: the VAE's folder cannot be read.
+    """
     if pretrained is None or not (pretrained / "vae").is_dir():
         return latents_as_rgb
-    vae: Any = AutoencoderKLWan.from_pretrained(pretrained / "vae", local_files_only=True)
-    vae = vae.to(device).eval()
-    mean = torch.tensor(vae.config.latents_mean, device=device)[:, None, None, None]
-    std = torch.tensor(vae.config.latents_std, device=device)[:, None, None, None]
+    vae, mean, std = _load_vae(pretrained / "vae", device)
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
@@ -45,17 +48,45 @@ def decoder(pretrained: Path | None, device: torch.device | str = "cpu") -> ToRg
     return decode
 
 
+def _load_vae(folder: Path, device: torch.device | str) -> tuple[Any, Tensor, Tensor]:
+    """The VAE with the mean and std of its latents, `[C, 1, 1, 1]`."""
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        if name != AutoencoderKLWan.__name__:
+            raise ValueError(f"config.json describes {name}")
+        vae: Any = AutoencoderKLWan.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        mean = torch.tensor(vae.config.latents_mean, device=device)[:, None, None, None]
+        std = torch.tensor(vae.config.latents_std, device=device)[:, None, None, None]
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder}: cannot be read as an {AutoencoderKLWan.__name__} ({why}); download it again"
+        ) from error
+    return vae.to(device).eval(), mean, std
+
+
 def write_video(path: Path, rgb: Tensor, frames_per_second: int = 16) -> None:
     """Write pictures uint8 `[F, H, W, 3]` as .mp4 (H.264), .gif, or .png (the frames side by side).
 
     Raises:
-        UserError: the ending is none of these.
+        UserError: the ending is none of these, the pictures do not suit it, or the file cannot be written.
     """
     writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
     if path.suffix not in writers:
         raise UserError(f"{path}: cannot write '{path.suffix}' files; expected one of {', '.join(writers)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writers[path.suffix](path, rgb.cpu().numpy(), frames_per_second)
+    if frames_per_second < 1:
+        raise UserError(f"{path}: {frames_per_second} frames per second: expected at least 1")
+    smallest = 2 if path.suffix == ".mp4" else 1
+    if len(rgb) < 1 or min(rgb.shape[1:3]) < smallest:
+        raise UserError(
+            f"{path}: {len(rgb)} frames of {rgb.shape[1]} x {rgb.shape[2]} pixels: expected at least one frame of"
+            f" {smallest} x {smallest}"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writers[path.suffix](path, rgb.cpu().numpy(), frames_per_second)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose another folder") from None
 
 
 def _write_mp4(path: Path, frames: np.ndarray, frames_per_second: int) -> None:

@@ -18,12 +18,23 @@ def export_diffusers(weights: dict[str, Tensor], model: VideoModel, folder: Path
     The folder appears whole: it is written aside and renamed.
 
     Raises:
-        UserError: `folder` exists already, or the reloaded tensors differ.
+        UserError: `folder` exists already or cannot be written, a weight is not finite, or the reloaded tensors
+            differ.
     """
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder or remove it")
+    if broken := [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]:
+        raise UserError(
+            f"{folder}: not written: {len(broken)} tensors hold NaN or infinity ({', '.join(broken[:5])}); the training"
+            " diverged, export an earlier checkpoint"
+        )
     aside = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}); choose another folder") from None
     model.export(weights, aside)
     reloaded = model.read_export(aside)
     different = [name for name in weights if not torch.equal(weights[name], reloaded.get(name, torch.empty(0)))]
