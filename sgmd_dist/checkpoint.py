@@ -234,7 +234,7 @@ def _fill(tree: Tree, checkpoint: Path, *, no_dist: bool = False) -> None:
     _check_shapes(tree, checkpoint)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `no_dist` asks
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as `no_dist` asks
             dcp.load(dict(tree), checkpoint_id=checkpoint, no_dist=no_dist)
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

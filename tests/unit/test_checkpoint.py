@@ -109,6 +109,11 @@ def test_one_network_is_read_without_its_roles(saved: Path, roles: Roles) -> Non
     assert not torch.equal(tensors["weight"], roles["generator"].module.weight)
 
 
+def test_one_network_is_read_without_a_warning(saved: Path, roles: Roles, recwarn: pytest.WarningsRecorder) -> None:
+    checkpoint.load_tree(saved, "generator", {n: p.shape for n, p in roles["generator"].module.named_parameters()})
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_checksums_see_one_bit_and_the_sign_of_zero(roles: Roles) -> None:
     tree = {"a": {"x": torch.zeros(5), "y": torch.ones(3)}, "empty": {"z": torch.zeros(0)}}
     before = checkpoint.checksums(tree)
