@@ -54,7 +54,12 @@ def _load_vae(folder: Path, device: torch.device | str) -> tuple[Any, Tensor, Te
         name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
         if name != AutoencoderKLWan.__name__:
             raise ValueError(f"config.json describes {name}")
-        vae: Any = AutoencoderKLWan.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        loaded: Any = AutoencoderKLWan.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        vae, report = loaded
+        if missing := sorted(report["missing_keys"]):  # diffusers would leave them random
+            raise ValueError(f"{len(missing)} tensors are missing, as {missing[0]}")
         mean = torch.tensor(vae.config.latents_mean, device=device)[:, None, None, None]
         std = torch.tensor(vae.config.latents_std, device=device)[:, None, None, None]
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sgmd_dist.errors import UserError
@@ -47,7 +48,7 @@ class TextEncoder:
         """Load from local files only; the class comes from `architectures` in text_encoder/config.json.
 
         Captions are cut at `max_tokens`, or at the tokenizer's own model_max_length where that is shorter.
-        Raises UserError naming what is missing.
+        Raises UserError naming what is missing or cannot be read.
         """
         folder = Path(folder)
         config_path = folder / "text_encoder" / "config.json"
@@ -57,9 +58,21 @@ class TextEncoder:
                     f"{path}: not found; expected a diffusers folder with tokenizer/ and text_encoder/ in {folder}"
                 )
         encoder_class = _encoder_class(config_path)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        with _no_loading_bar():
-            encoder = encoder_class.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True)
+        part = "tokenizer"
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder / part, local_files_only=True)
+            part = "text_encoder"
+            with _no_loading_bar():
+                encoder, report = encoder_class.from_pretrained(
+                    folder / part, dtype=dtype, local_files_only=True, output_loading_info=True
+                )
+            if missing := sorted(report["missing_keys"]):  # transformers would leave them random
+                raise ValueError(f"{len(missing)} tensors are missing, as {missing[0]}")
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{folder / part}: transformers cannot read it ({why}); download the folder again"
+            ) from error
         return cls(tokenizer, encoder.to(device), min(max_tokens, tokenizer.model_max_length))
 
     @property
@@ -106,8 +119,11 @@ def _no_loading_bar() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _encoder_class(config_path: Path) -> type:
-    architectures = json.loads(config_path.read_text()).get("architectures") or ["AutoModel"]
+def _encoder_class(config_path: Path) -> Any:
+    try:
+        architectures = json.loads(config_path.read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config_path}: is not a model's JSON ({error}); download the folder again") from None
     encoder_class = getattr(transformers, architectures[0], None)
     if encoder_class is None:
         raise UserError(

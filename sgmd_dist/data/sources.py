@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -51,26 +52,27 @@ def check_sources(recipe: Recipe, model: VideoModel, needs_latents: str | None =
     if recipe.data.video is not None:
         _video_shape(recipe, model)
     for source in shard_list(recipe.data.shards):
-        if not _check_source(source, recipe) and needs_latents is not None:
+        if not _check_source(source, recipe, model) and needs_latents is not None:
             raise UserError(
                 f"data.shards = '{source}': {needs_latents} needs latents, this holds captions only; name shards with"
                 " latents or change that key"
             )
 
 
-def _check_source(source: str, recipe: Recipe) -> bool:
+def _check_source(source: str, recipe: Recipe, model: VideoModel) -> bool:
     """Raise for what the source lacks; returns whether it holds latents."""
     if source.startswith(WORLD):
-        _world(source)
+        _check_latents(source, "the world", _world(source).latent_shape, model)
         _text_encoder_folder(recipe)
         return True
     if source.startswith(PROMPTS):
-        _captions(source)
+        _captions(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
         _text_encoder_folder(recipe)
         if recipe.data.video is None:
             raise UserError(f"data.shards = '{source}': set data.video to num_frames, height and width of the videos")
         return False
     index = ShardIndex.open(source)
+    _check_fit(index, recipe, model)
     return all(index.has_latents(bucket) for bucket in index.buckets)
 
 
@@ -82,7 +84,7 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
         world = _world(source)
         facts = [source, WORLD_SAMPLES, WORLD_SEED, repr(world)]
     else:
-        captions = _captions(source)
+        captions = _captions(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
         shape = _video_shape(recipe, model)
         facts = [source, captions, shape]
     digest = hashlib.sha256(json.dumps([*facts, str(encoder_folder.resolve())]).encode()).hexdigest()[:12]
@@ -92,11 +94,17 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
     encoder = TextEncoder.from_pretrained(
         encoder_folder, torch.bfloat16 if source.startswith(PROMPTS) else torch.float32
     )
+    aside = folder.with_name(f"{folder.name}.tmp")  # an interrupted attempt leaves it: begin anew
+    if aside.exists():
+        shutil.rmtree(aside)
     if source.startswith(WORLD):
-        write_world_shards(folder, _world(source), encoder, num_samples=WORLD_SAMPLES, seed=WORLD_SEED)
+        write_world_shards(aside, _world(source), encoder, num_samples=WORLD_SAMPLES, seed=WORLD_SEED)
     else:
-        write_prompt_shards(folder, _captions(source), encoder, _video_shape(recipe, model))
-    return folder
+        captions = _captions(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
+        write_prompt_shards(aside, captions, encoder, _video_shape(recipe, model))
+    if folder.exists():
+        shutil.rmtree(folder)
+    return aside.rename(folder)
 
 
 def captions_of(recipe: Recipe, file: Path | None = None) -> list[str]:
@@ -105,11 +113,13 @@ def captions_of(recipe: Recipe, file: Path | None = None) -> list[str]:
     Raises:
         UserError: neither is there.
     """
-    source = f"{PROMPTS}{file}" if file is not None else shard_list(recipe.data.shards)[0]
+    if file is not None:
+        return _captions(str(file), f"--prompts {file}")
+    source = shard_list(recipe.data.shards)[0]
     if source.startswith(WORLD):
         return _world(source).captions()
     if source.startswith(PROMPTS):
-        return _captions(source)
+        return _captions(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
     raise UserError(f"data.shards = '{source}': name the captions with --prompts FILE, one per line")
 
 
@@ -142,15 +152,19 @@ def _world(source: str) -> World:
     return WORLDS[name]()
 
 
-def _captions(source: str) -> list[str]:
-    path = Path(source.removeprefix(PROMPTS))
+def _captions(file: str, said: str) -> list[str]:
+    """The lines of `file` that are not blank; `said` is how the user named it, for messages."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        raise UserError(f"data.shards = '{source}': no such file (working directory {Path.cwd()})") from None
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"{said}: no such file (working directory {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{said}: cannot be read as UTF-8 text ({error}); give a file with one caption per line"
+        ) from None
     captions = [line for line in lines if line]
     if not captions:
-        raise UserError(f"data.shards = '{source}': the file holds no captions; write one per line")
+        raise UserError(f"{said}: the file holds no captions; write one per line")
     return captions
 
 
@@ -158,7 +172,8 @@ def _text_encoder_folder(recipe: Recipe) -> Path:
     key, folder = "data.text_encoder", recipe.data.text_encoder
     if folder is None:
         key, folder = "model.pretrained", recipe.model.pretrained
-    if folder is None or not (Path(folder) / "text_encoder").is_dir():
+    parts = ("text_encoder", "tokenizer")
+    if folder is None or not all((Path(folder) / part).is_dir() for part in parts):
         raise UserError(
             f"{key} = {folder!r}: data.shards = {recipe.data.shards!r} needs a text encoder; set data.text_encoder to a"
             " diffusers folder with text_encoder/ and tokenizer/"
@@ -179,12 +194,15 @@ def _check_fit(index: ShardIndex, recipe: Recipe, model: VideoModel) -> None:
             f"data.shards = {recipe.data.shards!r}: prompt embeddings are {width} wide, the model's text_dim is"
             f" {model.text_dim()}; prepare the shards with this model's text encoder"
         )
-    smallest = model.smallest_latents()
     for bucket in index.buckets:
-        shape = index.latent_shape(bucket)
-        divides = all(size % unit == 0 for size, unit in zip(shape[1:], smallest[1:], strict=True))
-        if shape[0] != smallest[0] or not divides:
-            raise UserError(
-                f"data.shards = {recipe.data.shards!r}: bucket {bucket} has latents {shape}; the model takes"
-                f" {smallest[0]} channels and frames, height, width in multiples of {smallest[1:]}"
-            )
+        _check_latents(recipe.data.shards, f"bucket {bucket}", index.latent_shape(bucket), model)
+
+
+def _check_latents(shards: str | list[str], what: str, shape: LatentShape, model: VideoModel) -> None:
+    smallest = model.smallest_latents()
+    divides = all(size % unit == 0 for size, unit in zip(shape[1:], smallest[1:], strict=True))
+    if shape[0] != smallest[0] or not divides:
+        raise UserError(
+            f"data.shards = {shards!r}: {what} has latents {shape}; the model takes {smallest[0]} channels and frames,"
+            f" height, width in multiples of {smallest[1:]}; use the model that the data are for, or other data"
+        )

@@ -1,4 +1,4 @@
-"""A recipe on the shipped tiny Wan, a process group of one process, and roles without a video model."""
+"""A tiny recipe, a process group of one process, and roles without a video model."""
 
 from __future__ import annotations
 
@@ -29,13 +29,19 @@ def wan_copy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_recipe(tmp_path: Path) -> Callable[..., Recipe]:
-    """Makes SGMD on the world with the shipped tiny Wan, in a run folder of the test; takes overrides."""
+    """Makes SGMD on the world with a random tiny Wan, in a run folder of the test; takes overrides."""
+    config = {
+        "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 3,
+        "text_dim": 32, "freq_dim": 16, "ffn_dim": 32,
+    }  # fmt: skip
     sections: dict[str, Any] = {
-        "run": {"dir": str(tmp_path / "run"), "steps": 10},
-        "model": {"family": "wan", "pretrained": str(SHIPPED), "compute_dtype": "float32", "text_tokens": 8},
+        "run": {"name": "tiny", "dir": str(tmp_path / "run"), "steps": 10},
+        "model": {"family": "wan", "config": config, "compute_dtype": "float32", "text_tokens": 8},
         "objective": {"name": "sgmd"},
-        "data": {"shards": "world:moving_shapes", "global_batch_size": 8, "micro_batch_size": 2},
-    }
+        "data": {
+            "shards": "world:moving_shapes", "global_batch_size": 8, "micro_batch_size": 2, "text_encoder": str(SHIPPED)
+        },
+    }  # fmt: skip
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(sections))
     return lambda *overrides: load_recipe(path, overrides)

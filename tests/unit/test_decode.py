@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sgmd_dist.decode import decoder, latents_as_rgb, write_video
@@ -109,6 +110,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "another size": rewritten(z_dim=8),
     "no scale": rewritten(latents_mean=None),
     "no weights": lambda vae: next(vae.glob("*.safetensors")).unlink(),
+    "other weights": lambda vae: save_file({"x": torch.zeros(1)}, next(vae.glob("*.safetensors"))),
     "empty weights": lambda vae: next(vae.glob("*.safetensors")).write_bytes(b""),
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from sgmd_dist.data.encode import TextEncoder, clean_caption, make_tiny_text_encoder
 from sgmd_dist.data.world import World
@@ -87,3 +90,35 @@ def test_an_unknown_architecture_is_named(tmp_path):
     config.write_text(config.read_text().replace("UMT5EncoderModel", "NoSuchModel"))
     with pytest.raises(UserError, match="NoSuchModel"):
         TextEncoder.from_pretrained(tmp_path)
+
+
+def without_embeddings(folder: Path) -> None:
+    """transformers would fill what is missing with random numbers and go on."""
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["shared.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "half a config": ("text_encoder/config.json", lambda f: (f / "text_encoder/config.json").write_text("{")),
+    "no object": ("text_encoder/config.json", lambda f: (f / "text_encoder/config.json").write_text("[]")),
+    "half a tokenizer": ("tokenizer", lambda f: (f / "tokenizer/tokenizer.json").write_text("{")),
+    "no tokenizer": ("tokenizer", lambda f: (f / "tokenizer/tokenizer.json").unlink()),
+    "no weights": ("text_encoder", lambda f: (f / "text_encoder/model.safetensors").unlink()),
+    "empty weights": ("text_encoder", lambda f: (f / "text_encoder/model.safetensors").write_bytes(b"")),
+    "missing tensors": ("text_encoder", without_embeddings),
+    "another width": (
+        "text_encoder",
+        lambda f: (f / "text_encoder/config.json").write_text(
+            json.dumps(json.loads((f / "text_encoder/config.json").read_text()) | {"d_model": 48})
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("part, damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_part_is_named(wan_copy: Path, part: str, damage: Callable[[Path], object]):
+    damage(wan_copy)
+    with pytest.raises(UserError, match=rf"{wan_copy}/{part}: .*; download the folder again"):
+        TextEncoder.from_pretrained(wan_copy)
