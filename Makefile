@@ -4,6 +4,7 @@
 #   TORCH="torch==2.12.1"    the build of torch to install (default: 2.13.0, the CPU build where there is no NVIDIA GPU
 #                            and pip has one to offer: PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS may add a source)
 #   ARGS="-k flow"           more arguments for pytest
+#   TRAIN_ARGS="run.steps=9" overrides for the demo's training; likewise EVALUATE_ARGS, and DEMO for its folder
 
 SHELL := /bin/sh
 VENV := .venv
@@ -12,6 +13,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := 2.13.0
 ONE_THREAD := OMP_NUM_THREADS=1
+DEMO := runs/demo
 
 # An interpreter fits if its version does and it can make virtual environments (Debian splits ensurepip off).
 FITS := -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
@@ -57,8 +59,9 @@ $(STAMP): setup.py pyproject.toml sgmd_dist/__init__.py
 	@echo "$(CHOICE)" > $(STAMP)
 
 demo: install ## distil a tiny video model on two ranks and score it: runs/demo
-	$(ONE_THREAD) $(BIN)/torchrun --nproc-per-node=2 launch/train.py recipes/tiny_sgmd.yaml run.dir=runs/demo run.resume=never
-	$(ONE_THREAD) $(BIN)/python launch/evaluate.py runs/demo
+	$(ONE_THREAD) $(BIN)/torchrun --nproc-per-node=2 launch/train.py recipes/tiny_sgmd.yaml \
+	  run.dir=$(DEMO) run.resume=never $(TRAIN_ARGS)
+	$(ONE_THREAD) $(BIN)/python launch/evaluate.py $(DEMO) $(EVALUATE_ARGS)
 
 test: install ## run the whole test suite
 	$(ONE_THREAD) $(BIN)/python -m pytest $(ARGS)

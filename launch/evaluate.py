@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="one caption per line; default: all captions of the run's world")
     parser.add_argument("--repeats", type=int, default=6, help="videos per caption")
     parser.add_argument("--teacher-steps", type=int, default=30, help="Euler steps of the teacher")
-    parser.add_argument("--raw", action="store_true", help="score the raw weights instead of their moving average")
+    parser.add_argument("--ema", action="store_true", help="score the moving average of the weights")
     args = parser.parse_args()
 
     import torch
@@ -30,23 +30,24 @@ def main() -> None:
     from sgmd_dist.sampling import open_source
 
     source = open_source(args.model)
-    objective = source.recipe.objective
+    student_steps, sigma_shift = source.few_steps
     captions = captions_of(source.recipe, args.prompts) * args.repeats
     protocol = Protocol(
         captions=captions,
         latent_shape=latent_shape_of(source.recipe, source.model),
         teacher_steps=args.teacher_steps,
-        student_steps=objective.student_steps,
-        sigma_shift=objective.sigma_shift,
-        guidance_scale=objective.guidance_scale.at(source.recipe.run.steps),
-        which="generator" if args.raw else "generator.ema",
+        student_steps=student_steps,
+        sigma_shift=sigma_shift,
+        guidance_scale=source.recipe.objective.guidance_scale.at(source.recipe.run.steps),
+        which="generator.ema" if args.ema else "generator",
     )
+    print(f"{source.checkpoint}: {len(captions)} videos per row, teacher with {args.teacher_steps} steps", flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     comparison = compare(source, protocol, device)
     out = args.out or source.checkpoint.parents[1]
     comparison.write(out, source)
     print(comparison.table())
-    print(f"{source.checkpoint}: scores and pictures are in {out}/scores.json and {out}/samples.gif")
+    print(f"{out}/scores.json {out}/samples.gif")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ def prepare_world(args: argparse.Namespace) -> None:
 
 def prepare_text_encoder(args: argparse.Namespace) -> None:
     from sgmd_dist.data.encode import make_tiny_text_encoder
-    from sgmd_dist.data.world import SHAPES, World
+    from sgmd_dist.data.world import all_captions
 
-    every_word = World(shapes=tuple(SHAPES)).captions()
-    make_tiny_text_encoder(args.out, every_word, args.seed)
+    make_tiny_text_encoder(args.out, all_captions(), args.seed)
     print(f"{args.out}: tokenizer and text encoder of the moving-shapes world")
 
 

@@ -16,6 +16,11 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", required=True, help="captions, or files with one caption per line")
     parser.add_argument("--out", type=Path, required=True, help="folder for the videos")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="Euler steps; default: the recipe's student_steps")
+    parser.add_argument("--shift", type=float, help="time shift of the noise levels; default: the recipe's sigma_shift")
+    parser.add_argument(
+        "--guidance-scale", type=float, default=1.0, help="1.0 = none, for distilled generators"
+    )
     parser.add_argument("--ema", action="store_true", help="sample the moving average of the weights")
     parser.add_argument("--format", choices=["mp4", "gif", "png"], default="mp4")
     parser.add_argument("--fps", type=int, default=16, help="frames per second")
@@ -28,15 +33,16 @@ def main() -> None:
     from sgmd_dist.sampling import encode_prompts, open_source, read_captions, sample_videos
 
     source = open_source(args.model)
-    objective = source.recipe.objective
+    num_steps, shift = (args.steps, args.shift) if args.steps and args.shift else source.few_steps
     prompts = encode_prompts(source.recipe, read_captions(args.prompts))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     videos = sample_videos(
         source.network("generator.ema" if args.ema else "generator", device),
         prompts,
         latent_shape_of(source.recipe, source.model),
-        num_steps=objective.student_steps,
-        shift=objective.sigma_shift,
+        num_steps=args.steps or num_steps,
+        shift=args.shift or shift,
+        guidance_scale=args.guidance_scale,
         seed=args.seed,
         device=device,
     )

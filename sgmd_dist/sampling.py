@@ -47,6 +47,21 @@ class Source:
         return load_network(build_model(self.recipe, "teacher"), None, device)
 
     @property
+    def few_steps(self) -> tuple[int, float]:
+        """Number of steps and time shift of the chain that the generator was trained for.
+
+        Raises:
+            UserError: the recipe's objective trains no few-step generator.
+        """
+        objective = self.recipe.objective.model_dump()
+        if "student_steps" not in objective:
+            raise UserError(
+                f"{self.checkpoint}: objective.name = {objective['name']} trains no few-step generator; give a"
+                " distillation's checkpoint, or sample with --steps and --shift"
+            )
+        return objective["student_steps"], objective["sigma_shift"]
+
+    @property
     def pretrained(self) -> Path | None:
         """The pipeline folder with VAE and text encoder."""
         folder = self.recipe.model.pretrained

@@ -151,6 +151,11 @@ class World:
         return torch.from_numpy((colours[:, None, None, None] * coverage).astype(np.float32))
 
 
+def all_captions() -> list[str]:
+    """The captions of a world with every shape, colour and direction: all words that a text encoder must know."""
+    return World(shapes=tuple(SHAPES), colours=tuple(COLOURS), directions=tuple(DIRECTIONS)).captions()
+
+
 def caption_of(shape: str, colour: str, direction: str) -> str:
     """The caption of a video."""
     return f"a {colour} {shape} moving {direction}"

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sgmd_dist.data.encode import TextEncoder, clean_caption, make_tiny_text_encoder
-from sgmd_dist.data.world import World
+from sgmd_dist.data.world import all_captions
 from sgmd_dist.errors import UserError
 
 SHIPPED = Path(__file__).parents[3] / "recipes" / "tiny_wan"
@@ -40,7 +40,7 @@ def test_an_embedding_does_not_depend_on_its_neighbours_in_the_batch(encoder):
 
 
 def test_captions_of_the_world_are_far_apart(encoder):
-    embeds = torch.stack(encoder.encode(World().captions())).flatten(1)
+    embeds = torch.stack(encoder.encode(all_captions())).flatten(1)
     distances = torch.cdist(embeds, embeds).fill_diagonal_(torch.inf)
     assert distances.min() > 0.4 * embeds.norm(dim=1).mean()
 
@@ -71,7 +71,7 @@ def test_captions_are_cleaned_as_wans_pipeline_does():
 
 
 def test_the_shipped_encoder_is_what_its_maker_writes(encoder, tmp_path):
-    make_tiny_text_encoder(tmp_path, World().captions())
+    make_tiny_text_encoder(tmp_path, all_captions())
     made = TextEncoder.from_pretrained(tmp_path)
     assert made.tokenizer.get_vocab() == encoder.tokenizer.get_vocab()
     assert sum(parameter.numel() for parameter in made.encoder.parameters()) < 10_000

@@ -1,0 +1,66 @@
+"""`--check` and the commands' errors: one message that names file, key, value and remedy, and exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import run
+
+
+def test_a_missing_model_folder_is_one_message_that_names_the_key() -> None:
+    done = run("python launch/train.py recipes/sgmd.yaml --check")
+    assert done.code == 2
+    (error,) = done.output.strip().splitlines()
+    assert "model.pretrained = 'models/Wan2.1-T2V-14B-Diffusers': no such folder" in error
+    assert "set model.pretrained=PATH" in error
+
+
+def test_a_local_model_folder_passes_and_the_plan_is_printed(local_wan: Path) -> None:
+    done = run(f"python launch/train.py recipes/sgmd.yaml --check --world-size 64 model.pretrained={local_wan}")
+    assert done.code == 0, done.output
+    assert "ranks       64 = dp_replicate 1 x dp_shard 64 x ring 1 x ulysses 1" in done.output
+    assert "batch       global 256 = micro 1 x data parallel 64 x accumulation 4" in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("recipes/tiny_sgmd.yaml objective.nr_wieght=0.1", "nr_weight"),
+        ("recipes/tiny_sgmd.yaml data.micro_batch_size=3", "micro_batch_size"),
+        ("recipes/nowhere.yaml", "recipes/nowhere.yaml"),
+        ("recipes/tiny_sgmd.yaml data.shards=world:moving_shape", "world:moving_shapes"),
+        ("recipes/tiny_sgmd.yaml data.shards=/nowhere", "/nowhere"),
+        ("recipes/tiny_sgmd.yaml model.pretrained=recipes", "transformer"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_starts(arguments: str, message: str) -> None:
+    done = run(f"python launch/train.py {arguments} --check")
+    assert done.code == 2, done.output
+    assert len(done.errors()) == 1 and message in done.errors()[0], done.output
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("python launch/sample.py {folder} --prompts x --out {folder}/out", "checkpoint"),
+        ("python launch/evaluate.py {folder}", "checkpoint"),
+        ("python launch/export.py {folder}/nowhere {folder}/out", "nowhere"),
+        ("python launch/prepare.py world {folder}/world --text-encoder {folder}", "text_encoder"),
+        ("python launch/prepare.py world {folder}/world --num-samples 0", "num_samples"),
+    ],
+)
+def test_wrong_inputs_of_the_other_commands_are_one_message_too(command: str, message: str, tmp_path: Path) -> None:
+    done = run(command.format(folder=tmp_path))
+    assert done.code == 2, done.output
+    assert len(done.errors()) == 1 and message in done.errors()[0], done.output
+
+
+def test_under_torchrun_the_ranks_say_the_same_message(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump({"base": str(Path("recipes/tiny_sgmd.yaml").resolve()), "run": {"step": 3}}))
+    done = run(f"torchrun --nproc-per-node=2 launch/train.py {recipe}")
+    assert done.code != 0
+    (error,) = {line for line in done.output.splitlines() if line.startswith("error: ")}
+    assert "mine.yaml: run.step = 3: unknown key" in error

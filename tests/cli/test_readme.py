@@ -1,0 +1,94 @@
+"""Every command of the README works: run here in its order, shortened, below a temporary folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import REPO, Done, run
+from PIL import Image
+
+TRAIN = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_sgmd.yaml"
+RESUME = f"{TRAIN} run.steps=300"
+TEACHER = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_teacher.yaml"
+
+# What makes a command short, or keeps it below {runs}.
+SHORTER = {
+    "make demo": 'DEMO={runs}/demo TRAIN_ARGS=run.steps=3 EVALUATE_ARGS="--repeats 1 --teacher-steps 2"',
+    TRAIN: "run.dir={runs}/tiny_sgmd run.steps=20",
+    RESUME: "run.dir={runs}/tiny_sgmd run.steps=40",
+    TEACHER: "run.dir={runs}/tiny_teacher run.steps=2",
+}
+NOT_RUN = {
+    "make test": "runs this test",
+    "make install": "has run",
+    ". .venv/bin/activate": "stands in PATH",
+    "torchrun --nnodes=8": "needs 8 nodes",
+    "tensorboard --logdir runs": "serves until it is stopped",
+}
+
+
+def readme_commands() -> list[str]:
+    """The indented lines of the README, without their comments."""
+    lines = (REPO / "README.md").read_text(encoding="utf-8").splitlines()
+    return [re.sub(r"\s+# .*", "", line).strip() for line in lines if line.startswith("    ") and line.strip()]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def journey(runs: Path) -> dict[str, Done]:
+    """All commands in the README's order, with what became of them."""
+    done = {}
+    for command in readme_commands():
+        if not any(command.startswith(prefix) for prefix in NOT_RUN):
+            shorter = SHORTER.get(command, "").replace("{runs}", str(runs))
+            done[command] = run(f"{command.replace('runs/', f'{runs}/')} {shorter}")
+    return done
+
+
+def test_the_readme_begins_with_its_two_commands() -> None:
+    assert readme_commands()[:2] == ["make demo", "make test"]
+    assert set(SHORTER) <= set(readme_commands())
+
+
+def test_every_command_succeeds_or_fails_as_the_readme_says(journey: dict[str, Done]) -> None:
+    for command, done in journey.items():
+        expected = 2 if command == "python launch/train.py recipes/sgmd.yaml --check" else 0
+        assert done.code == expected, f"{command}\n{done.output}"
+
+
+def test_the_demo_leaves_scores_and_pictures_and_prints_the_table(journey: dict[str, Done], runs: Path) -> None:
+    scores = json.loads((runs / "demo/scores.json").read_text())
+    assert list(scores) == ["before", "after", "teacher"]
+    for name, row in scores.items():
+        assert {"swd", "motion_ratio", "jitter"} <= set(row)
+        assert re.search(rf"^{name} +{row['swd']:.3f} ", journey["make demo"].output, re.MULTILINE)
+    with Image.open(runs / "demo/samples.gif") as picture:
+        assert picture.n_frames == 8
+
+
+def test_a_second_call_with_more_steps_resumes_where_the_first_ended(journey: dict[str, Done], runs: Path) -> None:
+    assert "resumed" not in journey[TRAIN].output
+    assert re.search(r"resumed .*step-00000020 at step 20", journey[RESUME].output)
+    lines = (runs / "tiny_sgmd/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30, 40]
+    assert (runs / "tiny_sgmd/checkpoints/step-00000040").is_dir()
+    assert yaml.safe_load((runs / "tiny_sgmd/recipe.yaml").read_text())["run"]["steps"] == 40
+
+
+def test_sampling_writes_one_video_per_prompt(journey: dict[str, Done], runs: Path) -> None:
+    assert sorted(path.name for path in (runs / "videos").iterdir()) == ["0000.gif", "0001.gif"]
+    with Image.open(runs / "videos/0001.gif") as picture:
+        assert picture.n_frames == 8
+
+
+def test_the_export_loads_in_diffusers(journey: dict[str, Done]) -> None:
+    (command,) = (command for command in journey if command.startswith("python -c"))
+    assert journey[command].output.split() == ["4"], "layers of the tiny Wan"
