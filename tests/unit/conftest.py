@@ -73,9 +73,9 @@ def make_linear_roles(seed: int = 0, size: int = 6) -> Roles:
 
 
 def take_step(roles: Roles, name: str = "generator", step: int = 0) -> None:
-    """An optimizer step of role `name` with random gradients."""
+    """An optimizer step of role `name` with gradients that follow from its weights."""
     for parameter in roles[name].module.parameters():
-        parameter.grad = torch.randn_like(parameter)
+        parameter.grad = parameter.detach() + 1
     roles.step(name, step)
 
 
