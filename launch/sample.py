@@ -18,9 +18,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="Euler steps; default: the recipe's student_steps")
     parser.add_argument("--shift", type=float, help="time shift of the noise levels; default: the recipe's sigma_shift")
-    parser.add_argument(
-        "--guidance-scale", type=float, default=1.0, help="1.0 = none, for distilled generators"
-    )
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1.0 = none, for distilled generators")
     parser.add_argument("--ema", action="store_true", help="sample the moving average of the weights")
     parser.add_argument("--format", choices=["mp4", "gif", "png"], default="mp4")
     parser.add_argument("--fps", type=int, default=16, help="frames per second")

@@ -92,11 +92,13 @@ def load_weights(path: Path, which: Which, model: VideoModel) -> dict[str, Tenso
     return checkpoint.load_tree(path, which, shapes)
 
 
-def load_network(model: VideoModel, weights: Mapping[str, Tensor] | None, device: torch.device) -> Network:
+def load_network(
+    model: VideoModel, weights: Mapping[str, Tensor] | None, device: torch.device, seed: int = 0
+) -> Network:
     """An unsharded, frozen network ready to be called.
 
     Args:
-        weights: full tensors by name; None takes the model's pretrained files, or random weights without any.
+        weights: full tensors by name; None takes the model's pretrained files, or without any random weights of `seed`.
     """
     with torch.device("meta"):
         module = nn.Module.to(model.build(), model.compute_dtype)
@@ -107,6 +109,6 @@ def load_network(model: VideoModel, weights: Mapping[str, Tensor] | None, device
     elif files := model.weight_files():
         load_safetensors(module, files)
     else:
-        fill(module, lambda name, shape: model.initial_value(name, shape, 0))
+        fill(module, lambda name, shape: model.initial_value(name, shape, seed))
     module.requires_grad_(False).eval()
     return functools.partial(model.velocity, module)

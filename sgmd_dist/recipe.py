@@ -61,7 +61,8 @@ class RunSection(Section):
     """Name, place and length of the run.
 
     `resume`: `auto` continues from the newest committed checkpoint of `dir`, `never` starts anew (and moves the
-    folder of earlier checkpoints aside), a path continues from that checkpoint or run.
+    folder of earlier checkpoints aside), a path continues from that checkpoint or run. The path of another run's
+    checkpoint counts while `dir` has none of its own.
     """
 
     name: str = "run"

@@ -44,7 +44,7 @@ class Source:
 
     def teacher(self, device: torch.device) -> Network:
         """The teacher that the recipe names, which is also where the generator started."""
-        return load_network(build_model(self.recipe, "teacher"), None, device)
+        return load_network(build_model(self.recipe, "teacher"), None, device, self.recipe.run.seed)
 
     @property
     def few_steps(self) -> tuple[int, float]:

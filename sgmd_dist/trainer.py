@@ -76,12 +76,22 @@ class Trainer:
                 logger.warning("run.resume = never: the checkpoints in {} are now in {}", self.run_dir, moved)
             dist.barrier()
             return
-        found = checkpoint.committed(self.run_dir)[-1:] if choice == "auto" else [checkpoint.find(choice)]
+        found = self._resume_points(choice)
         if found:
             meta = checkpoint.load(found[0], self.roles)
             self.stream.load_state_dict(meta.stream)
             self.step = meta.step
             logger.info("resumed {} at step {}", found[0], self.step)
+
+    def _resume_points(self, choice: str) -> list[Path]:
+        """The checkpoint to continue from, or none. A preempted run continues with its own checkpoints, not once
+        more with the one of another run that it began with."""
+        own = checkpoint.committed(self.run_dir)
+        if choice == "auto":
+            return own[-1:]
+        chosen = checkpoint.find(choice)
+        is_own = self.run_dir.resolve() in chosen.resolve().parents
+        return own[-1:] if own and not is_own else [chosen]
 
     def save(self) -> None:
         """Write and commit a checkpoint of the present step. Collective."""

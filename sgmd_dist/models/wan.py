@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from sgmd_dist import rng
@@ -96,7 +96,18 @@ def build(section: Section, pretrained: str | None, key: str) -> Wan:
         return Wan(section.config.model_dump(), None, [], bool(section.expand_timesteps), compute_dtype)
     found = read_folder(Path(pretrained), key)
     expand = found.expand_timesteps if section.expand_timesteps is None else section.expand_timesteps
-    return Wan(found.config, found.path, found.weight_files, expand, compute_dtype)
+    config = {**found.config, **_checked(found.config, f"{key} = '{pretrained}': {found.path / 'config.json'}")}
+    return Wan(config, found.path, found.weight_files, expand, compute_dtype)
+
+
+def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values that decide shapes, in their types."""
+    try:
+        return WanConfig(**{name: config[name] for name in WanConfig.model_fields}).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "values"
+        raise UserError(f"{where}: {name} = {first['input']!r}: {first['msg']}; download the file again") from None
 
 
 class Wan:

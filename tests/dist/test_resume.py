@@ -132,6 +132,15 @@ def test_never_resuming_starts_anew_and_keeps_what_was_saved(recipe_path: Path) 
     assert names == ["checkpoints", "checkpoints.old-1"]
 
 
+def test_a_run_that_began_with_anothers_checkpoint_continues_with_its_own(recipe_path: Path, tmp_path: Path) -> None:
+    run_ranks(1, train, recipe_path, ["run.steps=2"])
+    branch = [f"run.dir={tmp_path}/branch", f"run.resume={run_dir(recipe_path)}"]
+    run_ranks(1, train, recipe_path, [*branch, "run.steps=3"])
+    run_ranks(1, train, recipe_path, [*branch, "run.steps=4"])
+    lines = (tmp_path / "branch/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 4], "step 3 is not done twice"
+
+
 def test_another_seed_or_data_order_refuses_to_resume(recipe_path: Path) -> None:
     run_ranks(1, train, recipe_path, ["run.steps=2"])
     with pytest.raises(RankError, match=r"UserError: .*seed"):

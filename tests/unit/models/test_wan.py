@@ -369,6 +369,15 @@ def test_a_folder_of_another_class(transformer_folder: Path):
     )
 
 
+@pytest.mark.parametrize(
+    "changes, found", [({"num_layers": "many"}, "num_layers = 'many'"), ({"patch_size": [1, 2]}, "patch_size.2 = ")]
+)
+def test_a_config_with_a_value_of_another_type(transformer_folder: Path, changes: dict[str, object], found: str):
+    path = transformer_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert message(transformer_folder).startswith(f"{KEY} = '{transformer_folder}': {path}: {found}")
+
+
 def test_a_folder_without_weights(transformer_folder: Path):
     (transformer_folder / WEIGHTS).unlink()
     assert message(transformer_folder) == (
