@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sgmd_dist.errors import reports_user_errors
+from sgmd_dist.errors import positive_int, reports_user_errors
 
 
 @reports_user_errors
@@ -18,8 +18,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
     parser.add_argument("--out", type=Path, help="output folder; default: the run folder, or the checkpoint's run")
     parser.add_argument("--prompts", type=Path, help="one caption per line; default: all captions of the run's world")
-    parser.add_argument("--repeats", type=int, default=6, help="videos per caption")
-    parser.add_argument("--teacher-steps", type=int, default=30, help="Euler steps of the teacher")
+    parser.add_argument("--repeats", type=positive_int, default=6, help="videos per caption")
+    parser.add_argument("--teacher-steps", type=positive_int, default=30, help="Euler steps of the teacher")
     parser.add_argument("--ema", action="store_true", help="score the moving average of the weights")
     args = parser.parse_args()
 

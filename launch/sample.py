@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sgmd_dist.errors import reports_user_errors
+from sgmd_dist.errors import positive_float, positive_int, reports_user_errors
 
 
 @reports_user_errors
@@ -16,12 +16,12 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", required=True, help="captions, or files with one caption per line")
     parser.add_argument("--out", type=Path, required=True, help="folder for the videos")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="Euler steps; default: the recipe's student_steps")
-    parser.add_argument("--shift", type=float, help="time shift of the noise levels; default: the recipe's sigma_shift")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1.0 = none, for distilled generators")
+    parser.add_argument("--steps", type=positive_int, help="Euler steps; default: the recipe's student_steps")
+    parser.add_argument("--shift", type=positive_float, help="time shift; default: the recipe's sigma_shift")
+    parser.add_argument("--guidance-scale", type=positive_float, default=1.0, help="default 1.0: none")
     parser.add_argument("--ema", action="store_true", help="sample the moving average of the weights")
     parser.add_argument("--format", choices=["mp4", "gif", "png"], default="mp4")
-    parser.add_argument("--fps", type=int, default=16, help="frames per second")
+    parser.add_argument("--fps", type=positive_int, default=16, help="frames per second")
     args = parser.parse_args()
 
     import torch

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from sgmd_dist.errors import reports_user_errors
+from sgmd_dist.errors import positive_int, reports_user_errors
 
 
 @reports_user_errors
@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the recipe")
     parser.add_argument("--check", action="store_true", help="validate everything, print the plan and stop")
-    parser.add_argument("--world-size", type=int, help="number of ranks to plan for with --check")
+    parser.add_argument("--world-size", type=positive_int, help="number of ranks to plan for with --check")
     args = parser.parse_intermixed_args()
 
     from sgmd_dist import preflight

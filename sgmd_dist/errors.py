@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import math
 import sys
 from collections.abc import Callable
 
@@ -31,3 +33,21 @@ def reports_user_errors(main: Callable[[], int | None]) -> Callable[[], int]:
             return EXIT_WRONG_INPUT
 
     return wrapped
+
+
+def positive_int(text: str) -> int:
+    """An argument of a command: an integer >= 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer >= 1")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """An argument of a command: a finite number > 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number > 0")
+    return number

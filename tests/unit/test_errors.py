@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sgmd_dist.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_WRONG_INPUT, UserError, reports_user_errors
+from sgmd_dist.errors import (
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+    EXIT_WRONG_INPUT,
+    UserError,
+    positive_float,
+    positive_int,
+    reports_user_errors,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,3 +84,17 @@ sys.exit(main())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: mend it\n")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
+def test_counts_on_the_command_line_are_integers_from_one_on(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected an integer >= 1"):
+        positive_int(text)
+    assert positive_int("3") == 3
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "many"])
+def test_scales_on_the_command_line_are_positive_numbers(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a number > 0"):
+        positive_float(text)
+    assert positive_float("0.5") == 0.5
