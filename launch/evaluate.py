@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="output folder; default: the run folder, or the checkpoint's run")
     parser.add_argument("--prompts", type=Path, help="one caption per line; default: all captions of the run's world")
     parser.add_argument("--repeats", type=positive_int, default=6, help="videos per caption")
-    parser.add_argument("--teacher-steps", type=positive_int, default=30, help="Euler steps of the teacher")
+    parser.add_argument("--teacher-steps", type=positive_int, default=20, help="Euler steps of the teacher")
     parser.add_argument("--ema", action="store_true", help="score the moving average of the weights")
     args = parser.parse_args()
 
