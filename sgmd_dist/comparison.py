@@ -17,7 +17,7 @@ from sgmd_dist.models.base import LatentShape
 from sgmd_dist.rollout import Network
 from sgmd_dist.sampling import Prompts, Source, encode_prompts, sample_videos
 
-REFERENCE_SEED, TEACHER_SEED, GENERATOR_SEED = 1, 2, 3
+REFERENCE_SEED, SAMPLE_SEED = 1, 2
 ROWS_SHOWN = 6
 
 
@@ -32,7 +32,8 @@ class Protocol:
     sigma_shift: float
     guidance_scale: float
     which: Which
-    seeds: tuple[int, int, int] = (REFERENCE_SEED, TEACHER_SEED, GENERATOR_SEED)
+    reference_seed: int = REFERENCE_SEED
+    sample_seed: int = SAMPLE_SEED
 
 
 @dataclass
@@ -74,17 +75,18 @@ class Comparison:
 
 def compare(source: Source, protocol: Protocol, device: torch.device) -> Comparison:
     """Sample and score: `before` is the network that the generator started from, `after` the trained one, both with
-    few steps and no guidance; `teacher` is the guided teacher with other noise than the reference: the floor."""
+    few steps and no guidance; `teacher` is the guided teacher from the same noise, with which it scores the floor: the
+    reference is the guided teacher from other noise."""
     prompts = encode_prompts(source.recipe, protocol.captions)
     teacher = source.teacher(device)
     many = {"num_steps": protocol.teacher_steps, "guidance_scale": protocol.guidance_scale}
-    few = {"num_steps": protocol.student_steps, "seed": GENERATOR_SEED}
+    few = {"num_steps": protocol.student_steps, "seed": protocol.sample_seed}
     columns = {
         "before": (teacher, few),
         "after": (source.network(protocol.which, device), few),
-        "teacher": (teacher, {**many, "seed": TEACHER_SEED}),
+        "teacher": (teacher, {**many, "seed": protocol.sample_seed}),
     }
-    reference = _videos(teacher, prompts, protocol, device, **many, seed=REFERENCE_SEED)
+    reference = _videos(teacher, prompts, protocol, device, **many, seed=protocol.reference_seed)
     result = Comparison(protocol)
     for name, (network, settings) in columns.items():
         result.videos[name] = _videos(network, prompts, protocol, device, **settings)

@@ -12,7 +12,7 @@ from commands import REPO, Done, run
 from PIL import Image
 
 TRAIN = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_sgmd.yaml"
-RESUME = f"{TRAIN} run.steps=220"
+RESUME = f"{TRAIN} run.steps=120"
 TEACHER = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_teacher.yaml"
 
 # What makes a command short, or keeps it below {runs}.
