@@ -10,7 +10,6 @@ random-number state.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
 
 from sgmd_dist import __version__
+from sgmd_dist.durable import sync_folder, write_durably
 from sgmd_dist.errors import UserError
 from sgmd_dist.roles import Role, Roles
 
@@ -134,8 +134,8 @@ def save(run_dir: Path, roles: Roles, *, step: int, stream: dict[str, Any], reci
     meta = Meta(step, stream, {name: len(part) for name, part in tree.items()}, checksums(tree))
     dcp.save(tree, checkpoint_id=aside)
     if is_main:
-        _write_synced(aside / RECIPE_FILE, recipe)
-        _write_synced(aside / _META_FILE, json.dumps(asdict(meta), indent=1))
+        write_durably(aside / RECIPE_FILE, recipe.encode())
+        write_durably(aside / _META_FILE, json.dumps(asdict(meta), indent=1).encode())
         _commit(aside, final)
         _prune(run_dir, final, keep)
         logger.info("saved {}", final)
@@ -268,19 +268,12 @@ def _damaged(checkpoint: Path, why: str) -> str:
     return f"{checkpoint}: is damaged: {why}; remove this folder to continue from the checkpoint before it"
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _commit(aside: Path, final: Path) -> None:
-    _sync_folder(aside)
+    sync_folder(aside)
     if final.exists():  # a run resumed from before this step; the old one stays until the new one is complete
         _set_aside(final)
     aside.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def _set_aside(checkpoint: Path) -> None:
@@ -298,11 +291,3 @@ def _prune(run_dir: Path, newest: Path, keep: int) -> None:
     for leftover in (run_dir / FOLDER).iterdir():
         if _LEFTOVER.fullmatch(leftover.name):
             shutil.rmtree(leftover)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sgmd_dist.assemble import Which
 from sgmd_dist.decode import decoder
+from sgmd_dist.durable import write_durably
 from sgmd_dist.evaluation import Scores, contact_sheet_gif, score
 from sgmd_dist.models.base import LatentShape
 from sgmd_dist.rollout import Network
@@ -54,10 +55,11 @@ class Comparison:
 
     def write(self, folder: Path, source: Source) -> None:
         """Write scores.json, protocol.json and samples.gif into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
         scores = {name: scores.as_dict() for name, scores in self.scores.items()}
-        (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+        write_durably(folder / "scores.json", (json.dumps(scores, indent=1) + "\n").encode())
         facts = {**self.protocol.__dict__, "checkpoint": source.checkpoint.name}
-        (folder / "protocol.json").write_text(json.dumps(facts, indent=1) + "\n")
+        write_durably(folder / "protocol.json", (json.dumps(facts, indent=1) + "\n").encode())
         steps = self.protocol.student_steps
         titles = {
             "teacher": f"teacher, {self.protocol.teacher_steps} steps",

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from sgmd_dist.durable import write_durably
+
 Reduction = Literal["mean", "sum"]
 
 
@@ -146,8 +148,6 @@ def _cut_after(path: Path, step: int) -> None:
             keep = False
         kept, dropped = ([*kept, line], dropped) if keep else (kept, dropped + 1)
     if dropped or not text.endswith("\n"):
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        aside.replace(path)
+        write_durably(path, "".join(f"{line}\n" for line in kept).encode())
     if dropped:
         logger.info("{}: dropped {} lines after step {}, which are done again", path, dropped, step)

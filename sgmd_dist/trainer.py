@@ -17,6 +17,7 @@ from sgmd_dist.assemble import build_model, build_networks, build_objective
 from sgmd_dist.batch import Batch
 from sgmd_dist.data.sources import open_shards
 from sgmd_dist.data.stream import Stream
+from sgmd_dist.durable import write_durably
 from sgmd_dist.errors import EXIT_DONE, EXIT_PREEMPTED
 from sgmd_dist.metrics import Metrics, RunLog
 from sgmd_dist.objectives.base import Phase, StepState
@@ -109,7 +110,7 @@ class Trainer:
         """Train up to `run.steps`; returns the exit code: 0 done, 75 preempted after saving."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self.mesh.is_main:
-            (self.run_dir / checkpoint.RECIPE_FILE).write_text(dump_recipe(self.recipe), encoding="utf-8")
+            write_durably(self.run_dir / checkpoint.RECIPE_FILE, dump_recipe(self.recipe).encode())
         self.resume()
         steps, every = self.recipe.run.steps, self.recipe.checkpoint.every
         if self.step >= steps:

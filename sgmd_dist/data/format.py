@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from sgmd_dist.durable import write_durably
 from sgmd_dist.errors import UserError
 
 INDEX_VERSION = 1
@@ -131,34 +132,6 @@ def parse_safetensors(buffer: memoryview) -> dict[str, Tensor]:
         aligned = flat if flat.data_ptr() % span.dtype.itemsize == 0 else flat.clone()
         tensors[span.name] = aligned.view(span.dtype).reshape(span.shape)
     return tensors
-
-
-# ---------------------------------------------------------------------------------------------- durable files
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(file: IO[bytes], temporary: Path, final: Path) -> None:
-    """Flush `file` to the disk, close it and give it its name: it is visible whole or not at all."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(temporary, final)
-    _sync_folder(final.parent)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file that is visible whole or not at all, also after a crash of the machine."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        publish(file, temporary, path)
 
 
 def read_json(path: Path, mend: str) -> Any:

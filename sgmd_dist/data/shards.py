@@ -43,15 +43,14 @@ from sgmd_dist.data.format import (
     consolidate_call,
     list_tars,
     parse_safetensors,
-    publish,
     read_json,
     read_negative_prompt,
     sidecar_path,
     sidecar_record,
     tar_members,
-    write_durably,
     write_negative_prompt,
 )
+from sgmd_dist.durable import publish, write_durably
 from sgmd_dist.errors import UserError
 
 __all__ = [

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+from sgmd_dist.data.world import World, WorldSample
 from sgmd_dist.parallel.mesh import process_group
 from sgmd_dist.recipe import OptimSection, Recipe
 from sgmd_dist.recipe_file import load_recipe
@@ -88,3 +89,10 @@ def linear_roles() -> Callable[..., Roles]:
 @pytest.fixture
 def optimizer_step() -> Callable[..., None]:
     return take_step
+
+
+@pytest.fixture(scope="session")
+def world_samples() -> tuple[list[WorldSample], torch.Tensor]:
+    """400 samples of the default world, and their latents stacked."""
+    samples = [World().sample(0, index) for index in range(400)]
+    return samples, torch.stack([sample.latents for sample in samples])

@@ -20,12 +20,6 @@ def videos(world: World, num: int, seed: int = 0) -> torch.Tensor:
     return torch.stack([world.sample(seed, index).latents for index in range(num)])
 
 
-@pytest.fixture(scope="module")
-def world_samples():
-    samples = [World().sample(0, index) for index in range(400)]
-    return samples, torch.stack([sample.latents for sample in samples])
-
-
 def noise_like(latents: torch.Tensor, seed: int = 0) -> torch.Tensor:
     return torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
 

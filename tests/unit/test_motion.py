@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from sgmd_dist.data.world import DIRECTIONS, World
+from sgmd_dist.data.world import DIRECTIONS
 from sgmd_dist.motion import jitter, latent_motion, speed, velocity
-
-
-@pytest.fixture(scope="module")
-def world_samples():
-    samples = [World().sample(0, index) for index in range(400)]
-    return samples, torch.stack([sample.latents for sample in samples])
 
 
 def noise_like(latents: torch.Tensor, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,33 @@
+"""Files that are visible whole or not at all, also after a crash of the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of names to the disk: a rename is durable after it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(file: IO[bytes], temporary: Path, final: Path) -> None:
+    """Flush `file` to the disk, close it and give it its name."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a whole file aside, bring it to the disk and give it its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        publish(file, temporary, path)
