@@ -18,6 +18,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="validate everything, print the plan and stop")
     parser.add_argument("--world-size", type=positive_int, help="number of ranks to plan for with --check")
     args = parser.parse_intermixed_args()
+    if args.world_size and not args.check:
+        parser.error("--world-size plans for ranks with --check; torchrun decides how many train")
 
     from sgmd_dist import preflight
     from sgmd_dist.logs import setup_logging
@@ -26,7 +28,7 @@ def main() -> int:
     from sgmd_dist.trainer import Trainer
 
     recipe = load_recipe(args.recipe, args.overrides)
-    layout = recipe.layout(args.world_size if args.check and args.world_size else world_size())
+    layout = recipe.layout(args.world_size or world_size())
     plan = preflight.check(recipe, layout)
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:

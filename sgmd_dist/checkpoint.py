@@ -123,6 +123,9 @@ def save(run_dir: Path, roles: Roles, *, step: int, stream: dict[str, Any], reci
     Args:
         stream: the loader's state, equal on all ranks.
         recipe: the resolved recipe as YAML.
+
+    Raises:
+        UserError: a tensor is not finite; on every rank, and nothing is written.
     """
     final = run_dir / FOLDER / f"step-{step:08d}"
     aside = final.with_suffix(".tmp")
@@ -131,6 +134,7 @@ def save(run_dir: Path, roles: Roles, *, step: int, stream: dict[str, Any], reci
         shutil.rmtree(aside)
     dist.barrier()
     tree = training_state(roles)
+    _refuse_diverged(tree, run_dir, step)
     meta = Meta(step, stream, {name: len(part) for name, part in tree.items()}, checksums(tree))
     dcp.save(tree, checkpoint_id=aside)
     if is_main:
@@ -141,6 +145,18 @@ def save(run_dir: Path, roles: Roles, *, step: int, stream: dict[str, Any], reci
         logger.info("saved {}", final)
     dist.barrier()
     return final
+
+
+def _refuse_diverged(tree: Tree, run_dir: Path, step: int) -> None:
+    """Commit no weights that are not numbers: good checkpoints would be pruned for them."""
+    local = [_local(tensor) for tensors in tree.values() for tensor in tensors.values()]
+    finite = torch.tensor(int(all(bool(tensor.isfinite().all()) for tensor in local)))
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    if not finite:
+        raise UserError(
+            f"{run_dir}: training diverged: weights of step {step} are not finite and are not saved; lower"
+            " optim.*.lr, and continue from the newest checkpoint"
+        )
 
 
 def load(checkpoint: Path, roles: Roles) -> Meta:
@@ -182,17 +198,6 @@ def load_tree(checkpoint: Path, name: str, shapes: dict[str, torch.Size]) -> dic
     return tensors
 
 
-def move_aside(run_dir: Path) -> Path | None:
-    """Make room for a run that starts anew: rename the folder of earlier checkpoints; returns its new name."""
-    folder = run_dir / FOLDER
-    if not committed(run_dir):
-        return None
-    number = 1
-    while (target := folder.with_name(f"{FOLDER}.old-{number}")).exists():
-        number += 1
-    return folder.rename(target)
-
-
 def checksums(tree: Tree) -> dict[str, int]:
     """Per tree, the sum over all elements of their bits as integers, modulo 2^64: equal for every sharding."""
     local = _bits(tree)
@@ -224,6 +229,10 @@ def _owns(tensor: DTensor) -> bool:
     return all(
         isinstance(placement, Shard) or mesh.get_local_rank(dim) == 0 for dim, placement in enumerate(tensor.placements)
     )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _wrap(value: int) -> int:

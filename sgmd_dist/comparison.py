@@ -84,7 +84,7 @@ def compare(source: Source, protocol: Protocol, device: torch.device) -> Compari
     many = {"num_steps": protocol.teacher_steps, "guidance_scale": protocol.guidance_scale}
     few = {"num_steps": protocol.student_steps, "seed": protocol.sample_seed}
     columns = {
-        "before": (teacher, few),
+        "before": (source.beginning(device), few),
         "after": (source.network(protocol.which, device), few),
         "teacher": (teacher, {**many, "seed": protocol.sample_seed}),
     }

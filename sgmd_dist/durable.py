@@ -1,10 +1,15 @@
-"""Files that are visible whole or not at all, also after a crash of the machine."""
+"""Files that are visible whole or not at all, also after a crash of the machine, and locks on them."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from sgmd_dist.errors import UserError
 
 
 def sync_folder(folder: Path) -> None:
@@ -31,3 +36,18 @@ def write_durably(path: Path, data: bytes) -> None:
     with open(temporary, "wb") as file:
         file.write(data)
         publish(file, temporary, path)
+
+
+@contextmanager
+def lock(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `path` for the length of the context; the system frees it when the process dies.
+
+    Raises:
+        UserError: another process holds it; the message says `refusal`.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path.parent}: {refusal}; wait for it, or choose another folder") from None
+        yield

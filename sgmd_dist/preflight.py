@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sgmd_dist import checkpoint
+from sgmd_dist import resume
 from sgmd_dist.assemble import build_model, build_objective
 from sgmd_dist.data.sources import check_sources
 from sgmd_dist.recipe import Layout, Recipe
@@ -21,8 +21,7 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
     objective = build_objective(recipe)
     models = {role: build_model(recipe, role) for role in objective.roles}
     check_sources(recipe, models["generator"], objective.needs_latents)
-    if recipe.run.resume not in ("auto", "never"):
-        checkpoint.read_meta(checkpoint.find(recipe.run.resume))
+    resume.decide(recipe)
     lines = [
         f"recipe      {recipe.run.name}: {recipe.objective.name} on {recipe.model.family}, {recipe.run.steps} steps",
         f"ranks       {layout.world_size} = dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard}"

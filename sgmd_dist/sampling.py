@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 
 from sgmd_dist import checkpoint, rng
 from sgmd_dist.assemble import Which, build_model, load_network, load_weights
-from sgmd_dist.data.encode import TextEncoder
-from sgmd_dist.data.world import NEGATIVE_PROMPT
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
+from sgmd_dist.data.sources import captions_in
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape, VideoModel
 from sgmd_dist.recipe import Recipe
@@ -43,8 +43,12 @@ class Source:
         return load_network(self.model, load_weights(self.checkpoint, which, self.model), device)
 
     def teacher(self, device: torch.device) -> Network:
-        """The teacher that the recipe names, which is also where the generator started."""
+        """The teacher that the recipe names."""
         return load_network(build_model(self.recipe, "teacher"), None, device, self.recipe.run.seed)
+
+    def beginning(self, device: torch.device) -> Network:
+        """The generator before training."""
+        return load_network(build_model(self.recipe, "generator"), None, device, self.recipe.run.seed)
 
     @property
     def few_steps(self) -> tuple[int, float]:
@@ -80,12 +84,15 @@ def open_source(path: Path) -> Source:
 
 
 def read_captions(words: Sequence[str]) -> list[str]:
-    """Captions from the command line: each word is a caption, or a file with one caption per line."""
+    """Captions from the command line: each word is a caption, or a file with one caption per line.
+
+    Raises:
+        UserError: a file cannot be read, or a word looks like one and is none.
+    """
     captions: list[str] = []
     for word in words:
-        path = Path(word)
-        is_file = len(word) < 255 and path.is_file()
-        captions += [line.strip() for line in path.read_text().splitlines() if line.strip()] if is_file else [word]
+        looks_like_file = word.endswith(".txt") or (len(word) < 255 and Path(word).is_file())
+        captions += captions_in(word, f"--prompts {word}") if looks_like_file else [word]
     return captions
 
 

@@ -97,10 +97,6 @@ class Schedule(BaseModel):
             progress = (1 - math.cos(math.pi * progress)) / 2
         return self.from_ + (self.to - self.from_) * progress
 
-    def is_zero(self) -> bool:
-        """True where the number is 0 at every step."""
-        return not any(self.values())
-
 
 def constant(value: float) -> Schedule:
     """A schedule that never changes."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -17,16 +15,18 @@ from sgmd_dist.assemble import build_model, build_networks, build_objective
 from sgmd_dist.batch import Batch
 from sgmd_dist.data.sources import open_shards
 from sgmd_dist.data.stream import Stream
-from sgmd_dist.durable import write_durably
+from sgmd_dist.durable import lock, write_durably
 from sgmd_dist.errors import EXIT_DONE, EXIT_PREEMPTED
 from sgmd_dist.metrics import Metrics, RunLog
 from sgmd_dist.objectives.base import Phase, StepState
 from sgmd_dist.parallel.mesh import Mesh
+from sgmd_dist.preemption import stop_requests
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import dump_recipe
+from sgmd_dist.resume import begin
 from sgmd_dist.roles import build_roles
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOCK_FILE = ".lock"
 
 
 class Trainer:
@@ -36,6 +36,11 @@ class Trainer:
         self.recipe = recipe
         self.mesh = mesh
         self.run_dir = Path(recipe.run.dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._held = ExitStack()
+        self._stop = self._held.enter_context(stop_requests())
+        if mesh.is_main:
+            self._held.enter_context(lock(self.run_dir / LOCK_FILE, "run.dir is in use by another run"))
         self.step = 0
         self.objective = build_objective(recipe)
         self.stream = self._open_stream()
@@ -50,6 +55,7 @@ class Trainer:
         self.roles.warm_up(mesh.device)
         self.metrics = Metrics(mesh.device)
         self._steps_since_log = 0
+        self._keeps_batches = False
 
     def _open_stream(self) -> Stream:
         data = self.recipe.data
@@ -71,28 +77,12 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue where `run.resume` says: the newest committed checkpoint, a given one, or nowhere."""
-        choice = self.recipe.run.resume
-        if choice == "never":
-            if self.mesh.is_main and (moved := checkpoint.move_aside(self.run_dir)):
-                logger.warning("run.resume = never: the checkpoints in {} are now in {}", self.run_dir, moved)
-            dist.barrier()
-            return
-        found = self._resume_points(choice)
-        if found:
-            meta = checkpoint.load(found[0], self.roles)
+        found = begin(self.recipe, is_main=self.mesh.is_main)
+        if found is not None:
+            meta = checkpoint.load(found, self.roles)
             self.stream.load_state_dict(meta.stream)
             self.step = meta.step
-            logger.info("resumed {} at step {}", found[0], self.step)
-
-    def _resume_points(self, choice: str) -> list[Path]:
-        """The checkpoint to continue from, or none. A preempted run continues with its own checkpoints, not once
-        more with the one of another run that it began with."""
-        own = checkpoint.committed(self.run_dir)
-        if choice == "auto":
-            return own[-1:]
-        chosen = checkpoint.find(choice)
-        is_own = self.run_dir.resolve() in chosen.resolve().parents
-        return own[-1:] if own and not is_own else [chosen]
+            logger.info("resumed {} at step {}", found, self.step)
 
     def save(self) -> None:
         """Write and commit a checkpoint of the present step. Collective."""
@@ -108,10 +98,9 @@ class Trainer:
 
     def fit(self) -> int:
         """Train up to `run.steps`; returns the exit code: 0 done, 75 preempted after saving."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.resume()
         if self.mesh.is_main:
             write_durably(self.run_dir / checkpoint.RECIPE_FILE, dump_recipe(self.recipe).encode())
-        self.resume()
         steps, every = self.recipe.run.steps, self.recipe.checkpoint.every
         if self.step >= steps:
             logger.info("step {} of run.steps = {} is done already", self.step, steps)
@@ -122,23 +111,26 @@ class Trainer:
             first_step=self.step,
             num_steps=steps,
         )
-        with log, _stop_requests() as stop:
+        with log:
             while self.step < steps:
                 self.train_step()
-                self._log(log)
-                stopping = _any_rank(stop.is_set)
+                stopping = _any_rank(self._stop.is_set)
+                self._log(log, at_once=stopping)
                 if self.step % every == 0 or self.step == steps or stopping:
                     self.save()
                 if stopping and self.step < steps:
                     logger.warning("asked to stop: saved step {}, exit code {}", self.step, EXIT_PREEMPTED)
-                    return EXIT_PREEMPTED
-        return EXIT_DONE
+                    break
+        dist.barrier()  # launchers kill the other ranks when one has ended: none may still be writing
+        return EXIT_DONE if self.step >= steps else EXIT_PREEMPTED
 
     def train_step(self) -> None:
         """One optimizer step: the objective's phases in order."""
         state = StepState(self.step, self.recipe.run.seed, self.mesh.layout.num_units)
+        phases = self.objective.phases(self.step)
+        self._keeps_batches = any(phase.data == "same" for phase in phases)
         with self.metrics.timed("time/step_s"):
-            for phase in self.objective.phases(self.step):
+            for phase in phases:
                 with self.metrics.timed(f"time/{phase.role}_s"):
                     self._train_phase(phase, state)
         self.step += 1
@@ -160,13 +152,14 @@ class Trainer:
         if phase.data == "same":
             return state.batches[state.unit_index]
         batch = self.stream.next().to(self.mesh.device)
-        state.batches.setdefault(state.unit_index, batch)
+        if self._keeps_batches:
+            state.batches.setdefault(state.unit_index, batch)
         return batch
 
-    def _log(self, log: RunLog) -> None:
+    def _log(self, log: RunLog, *, at_once: bool) -> None:
         log.step()
         self._steps_since_log += 1
-        if self.step % self.recipe.run.log_every and self.step != self.recipe.run.steps:
+        if self.step % self.recipe.run.log_every and self.step != self.recipe.run.steps and not at_once:
             return
         scale = self.recipe.data.global_batch_size * self._steps_since_log
         self._steps_since_log = 0
@@ -176,28 +169,9 @@ class Trainer:
         log.write(self.step, self.metrics.flush())
 
     def close(self) -> None:
-        """Stop the stream's threads."""
+        """Stop the stream's threads; give up the run folder and the signals."""
         self.stream.close()
-
-
-class _StopRequest:
-    """Set by SIGTERM or SIGUSR1; read at step boundaries only."""
-
-    is_set = False
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.is_set = True
-
-
-@contextmanager
-def _stop_requests() -> Iterator[_StopRequest]:
-    request = _StopRequest()
-    before = {number: signal.signal(number, request.handle) for number in _SIGNALS}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self._held.close()
 
 
 def _any_rank(value: bool) -> bool:

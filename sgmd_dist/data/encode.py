@@ -24,6 +24,7 @@ except ImportError:  # optional in diffusers' Wan pipeline too, which cleans pro
 
 MAX_TOKENS = 512  # Wan's training length; diffusers' pipeline default
 TINY_MAX_TOKENS = 8
+NEGATIVE_PROMPT = ""  # the unconditional side of guidance
 _TINY_WIDTH = 32
 _SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]  # their places are their ids, T5's
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from sgmd_dist.data.encode import TextEncoder
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.shards import ShardIndex, ShardWriter, consolidate, write_negative_prompt
-from sgmd_dist.data.world import NEGATIVE_PROMPT, World, write_world_shards
+from sgmd_dist.data.world import World, write_world_shards
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape, VideoModel
 from sgmd_dist.recipe import Recipe, shard_list
@@ -66,7 +66,7 @@ def _check_source(source: str, recipe: Recipe, model: VideoModel) -> bool:
         _text_encoder_folder(recipe)
         return True
     if source.startswith(PROMPTS):
-        _captions(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
+        captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
         _text_encoder_folder(recipe)
         if recipe.data.video is None:
             raise UserError(f"data.shards = '{source}': set data.video to num_frames, height and width of the videos")
@@ -84,7 +84,7 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
         world = _world(source)
         facts = [source, WORLD_SAMPLES, WORLD_SEED, repr(world)]
     else:
-        captions = _captions(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
+        captions = captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
         shape = _video_shape(recipe, model)
         facts = [source, captions, shape]
     digest = hashlib.sha256(json.dumps([*facts, str(encoder_folder.resolve())]).encode()).hexdigest()[:12]
@@ -100,7 +100,7 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
     if source.startswith(WORLD):
         write_world_shards(aside, _world(source), encoder, num_samples=WORLD_SAMPLES, seed=WORLD_SEED)
     else:
-        captions = _captions(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
+        captions = captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
         write_prompt_shards(aside, captions, encoder, _video_shape(recipe, model))
     if folder.exists():
         shutil.rmtree(folder)
@@ -114,12 +114,12 @@ def captions_of(recipe: Recipe, file: Path | None = None) -> list[str]:
         UserError: neither is there.
     """
     if file is not None:
-        return _captions(str(file), f"--prompts {file}")
+        return captions_in(str(file), f"--prompts {file}")
     source = shard_list(recipe.data.shards)[0]
     if source.startswith(WORLD):
         return _world(source).captions()
     if source.startswith(PROMPTS):
-        return _captions(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
+        return captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
     raise UserError(f"data.shards = '{source}': name the captions with --prompts FILE, one per line")
 
 
@@ -152,8 +152,12 @@ def _world(source: str) -> World:
     return WORLDS[name]()
 
 
-def _captions(file: str, said: str) -> list[str]:
-    """The lines of `file` that are not blank; `said` is how the user named it, for messages."""
+def captions_in(file: str, said: str) -> list[str]:
+    """The lines of `file` that are not blank; `said` is how the user named it, for messages.
+
+    Raises:
+        UserError: there is no such file, or it is no text, or empty.
+    """
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from sgmd_dist import rng
-from sgmd_dist.data.encode import TextEncoder
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.shards import ShardWriter, consolidate, write_negative_prompt
 from sgmd_dist.errors import UserError
 
 SOURCE = "world:moving_shapes"
-NEGATIVE_PROMPT = ""
 AMPLITUDE = 4.7  # of a fully covered pixel; a shape covers an eighth of the frame, so latents have a std of about 1
 EDGE_WIDTH = 0.6  # pixels: logistic edge, soft enough that half-pixel moves change no shape
 

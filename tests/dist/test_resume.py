@@ -16,6 +16,7 @@ from ranks import RankError, Ranks, run_ranks
 from running import State, max_difference, parameter_difference, train
 
 from sgmd_dist import checkpoint
+from sgmd_dist.trainer import Trainer
 
 REPO = Path(__file__).parents[2]
 STEPS = 12
@@ -128,8 +129,50 @@ def test_never_resuming_starts_anew_and_keeps_what_was_saved(recipe_path: Path) 
     first = run_ranks(1, train, recipe_path, ["run.steps=2"])[0]
     again = run_ranks(1, train, recipe_path, ["run.steps=2", "run.resume=never"])[0]
     assert_same_bits(first, again)
-    names = sorted(path.name for path in run_dir(recipe_path).iterdir() if path.name.startswith("checkpoints"))
-    assert names == ["checkpoints", "checkpoints.old-1"]
+    earlier = run_dir(recipe_path) / "earlier-1"
+    assert sorted(path.name for path in earlier.iterdir()) == ["checkpoints", "metrics.jsonl"]
+    assert [path.name for path in checkpoint.committed(earlier)] == ["step-00000002"]
+
+
+def test_going_back_begins_a_branch_that_survives_preemption(recipe_path: Path) -> None:
+    """Steps 2, 4, 6 are saved; a branch from step 2 is stopped at step 3 and called again by the same command."""
+    run_ranks(1, train, recipe_path, ["run.steps=6", "checkpoint.every=2", "checkpoint.keep=9"])
+    back = f"run.resume={run_dir(recipe_path)}/checkpoints/step-00000002"
+    run_ranks(1, train, recipe_path, [back, "run.steps=3"])
+    run_ranks(1, train, recipe_path, [back, "run.steps=4"])
+    run_ranks(1, train, recipe_path, ["run.steps=5"])
+    steps = [json.loads(line)["step"] for line in (run_dir(recipe_path) / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+    kept = checkpoint.committed(run_dir(recipe_path) / "earlier-1")
+    assert [path.name for path in kept] == ["step-00000004", "step-00000006"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(recipe_path: Path) -> None:
+    first = Ranks(1, train, recipe_path, ["run.steps=200"])
+    wait_for((run_dir(recipe_path) / "metrics.jsonl").exists, first)
+    try:
+        with pytest.raises(RankError, match=r"UserError: .*run: run.dir is in use by another run"):
+            run_ranks(1, train, recipe_path, ["run.steps=200"])
+    finally:
+        first.kill()
+
+
+def spoil_and_train(recipe_path: Path, overrides: list[str]) -> None:
+    """Train with a generator whose weights stop being numbers at the third step."""
+
+    class Spoiled(Trainer):
+        def train_step(self) -> None:
+            super().train_step()
+            if self.step == 3:
+                next(self.roles["generator"].module.parameters()).data.fill_(float("nan"))
+
+    train(recipe_path, overrides, Spoiled)
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(recipe_path: Path) -> None:
+    with pytest.raises(RankError, match=r"UserError: .*weights of step 4 are not finite and are not saved"):
+        run_ranks(2, spoil_and_train, recipe_path, ["run.steps=4", "checkpoint.every=2", "checkpoint.keep=1"])
+    assert [path.name for path in checkpoint.committed(run_dir(recipe_path))] == ["step-00000002"]
 
 
 def test_a_run_that_began_with_anothers_checkpoint_continues_with_its_own(recipe_path: Path, tmp_path: Path) -> None:

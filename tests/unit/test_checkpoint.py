@@ -225,15 +225,6 @@ def test_a_place_without_a_checkpoint_is_named(tmp_path: Path, name: str) -> Non
         checkpoint.find(tmp_path / name)
 
 
-def test_starting_anew_moves_the_checkpoints_aside(roles: Roles, tmp_path: Path) -> None:
-    assert checkpoint.move_aside(tmp_path) is None
-    for number in (1, 2):
-        save(tmp_path, roles, 4)
-        assert checkpoint.move_aside(tmp_path) == tmp_path / f"checkpoints.old-{number}"
-        assert checkpoint.committed(tmp_path) == []
-    assert (tmp_path / "checkpoints.old-1" / "step-00000004" / "meta.json").exists()
-
-
 # Damage
 
 

@@ -58,11 +58,6 @@ def test_values_bound_the_schedule(written: Any) -> None:
     assert {low, high} <= {schedule.at(step) for step in range(50)}
 
 
-def test_is_zero_only_where_it_is_zero_for_ever() -> None:
-    assert read(0).is_zero() and read({**COSINE, "from": 0}).is_zero()
-    assert not read(PIECES).is_zero() and not read(COSINE).is_zero()
-
-
 @pytest.mark.parametrize("written", [0.1, 3, RAMP, {**RAMP, "start": 0}, COSINE, PIECES])
 def test_round_trip_through_yaml(written: Any) -> None:
     schedule = read(written)

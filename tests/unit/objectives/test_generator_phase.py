@@ -83,6 +83,23 @@ def test_weights_of_the_loss_follow_their_schedules(world: World) -> None:
         torch.testing.assert_close(inner[1], step / 4 * inner[0])
 
 
+@pytest.mark.parametrize(
+    "name, from_, to",
+    [("guidance_scale", 1.0, 5.0), ("sigma_min", 0.97, 0.03), ("sigma_max", 0.98, 0.3), ("nr_weight", 0.0, 0.4)],
+)
+def test_a_scheduled_number_acts_as_the_constant_that_it_is_at_that_step(
+    world: World, name: str, from_: float, to: float
+) -> None:
+    world.state.step = 2
+    ramp = {"schedule": "linear", "from": from_, "to": to, "steps": 4}
+    results = [
+        [world.run(phase).per_sample for phase in make_sgmd(**{name: value}).phases(2)]
+        for value in (ramp, (from_ + to) / 2, from_)
+    ]
+    torch.testing.assert_close(results[0], results[1])
+    assert not torch.allclose(results[0][0], results[2][0]), "at its beginning the number was another"
+
+
 def test_metrics_are_scalars_without_graphs(world: World) -> None:
     objective = make_sgmd(**DIVERSE)
     metrics = {k: v for phase in objective.phases(0) for k, v in world.run(phase).metrics.items()}

@@ -1,0 +1,56 @@
+"""The end of a phase: clipping, the optimizer's step and the moving average, each by its number at that step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sgmd_dist.recipe import OptimSection
+from sgmd_dist.roles import Roles, build_roles
+
+
+def make_roles(**optim: Any) -> Roles:
+    torch.manual_seed(0)
+    modules: dict[str, Any] = {"generator": (nn.Linear(4, 2, bias=False), None)}
+    plain = {"lr": 0.1, "betas": [0.0, 0.999], "weight_decay": 0.0, "eps": 1e3}  # so large that a step is lr grad / eps
+    section = OptimSection.model_validate({"generator": plain, **optim})
+    return build_roles(modules, {"generator"}, section, 10, recomputes=False)
+
+
+def step(roles: Roles, number: int, gradient: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step; returns the weight's change and the norm that was reported."""
+    weight = roles["generator"].module.weight
+    assert isinstance(weight, nn.Parameter)
+    before = weight.detach().clone()
+    weight.grad = torch.full_like(weight, gradient)
+    norm = roles.step("generator", number)
+    assert weight.grad is None
+    return weight.detach() - before, norm
+
+
+@pytest.mark.parametrize("number, limit", [(0, 1.0), (2, 2.0), (4, 3.0)])
+def test_gradients_are_clipped_to_the_norm_of_that_step(number: int, limit: float) -> None:
+    roles = make_roles(max_grad_norm={"schedule": "linear", "from": 1.0, "to": 3.0, "steps": 4})
+    change, norm = step(roles, number, 5.0)
+    assert norm.item() == pytest.approx(5 * 8**0.5), "the norm before clipping"
+    assert change.norm().item() == pytest.approx(0.1 * limit / 1e3, rel=1e-2)
+
+
+def test_zero_means_no_clipping() -> None:
+    change, _ = step(make_roles(max_grad_norm=0.0), 0, 5.0)
+    assert change.norm().item() == pytest.approx(0.1 * 5 * 8**0.5 / 1e3, rel=2e-2)
+
+
+def test_the_average_is_a_copy_before_its_start_step_and_moves_slowly_from_then_on() -> None:
+    roles = make_roles(ema={"decay": 0.9, "start_step": 2}, max_grad_norm=0.0)
+    weight, ema = roles["generator"].module.weight, roles["generator"].ema
+    assert isinstance(weight, nn.Parameter) and ema is not None
+    for number in (0, 1):
+        step(roles, number, 50.0)
+        torch.testing.assert_close(ema.shadow["weight"], weight.detach(), rtol=0, atol=0)
+    before = ema.shadow["weight"].clone()
+    step(roles, 2, 50.0)
+    torch.testing.assert_close(ema.shadow["weight"], 0.9 * before + 0.1 * weight.detach())
