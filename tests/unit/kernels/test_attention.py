@@ -12,6 +12,8 @@ CPU_BACKENDS = ("flash", "math", "auto")
 # (B, L, K, H, D): self and cross lengths, one token, one head, odd sizes
 SHAPES = [(2, 27, 27, 3, 10), (1, 5, 33, 1, 12), (2, 1, 1, 2, 8), (1, 45, 7, 5, 16), (1, 70, 64, 2, 64)]
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# torch's CPU flash kernel takes a short exponential in half precision
+LSE_TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,7 @@ def test_forward_backward_and_lse_are_exact(backend: str, shape: tuple[int, ...]
     assert out.dtype == dtype and out.is_contiguous()
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert lse.shape == exact_lse.shape and not lse.requires_grad
-    assert largest(lse, exact_lse) < (1e-13 if dtype == torch.float64 else 2e-6)
+    assert largest(lse, exact_lse) < LSE_TOLERANCES[dtype]
     assert largest(out, exact_out) < TOLERANCES[dtype]
     for leaf, expected in zip(leaves, wide, strict=True):
         assert leaf.grad.dtype == dtype
