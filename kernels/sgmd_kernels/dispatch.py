@@ -39,9 +39,9 @@ def interpreted() -> bool:
 
 
 def runs_triton(*tensors: Tensor) -> bool:
-    """Whether an operation on these tensors takes its kernel: all on CUDA, in a dtype that kernels read."""
+    """Whether an operation on these tensors takes its kernel: all on CUDA, in a dtype that kernels read, none empty."""
     on_device = all(tensor.is_cuda for tensor in tensors) and triton_installed()
-    return (on_device or interpreted()) and all(tensor.dtype in KERNEL_DTYPES for tensor in tensors)
+    return (on_device or interpreted()) and all(t.dtype in KERNEL_DTYPES and t.numel() > 0 for t in tensors)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
