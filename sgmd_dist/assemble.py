@@ -52,14 +52,7 @@ def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dic
         dtype = _DTYPES[recipe.model.for_role(name).dtype or "float32"]
         with torch.device("meta"):
             module = nn.Module.to(model.build(), dtype)  # diffusers' own `to` warns of what loading decides anyway
-        parallelize(
-            module,
-            model.blocks(module),
-            recipe.parallel,
-            mesh=mesh.fsdp,
-            compute_dtype=compute_dtype,
-            device=mesh.device,
-        )
+        parallelize(module, model, recipe.parallel, mesh=mesh, compute_dtype=compute_dtype)
         model.reset_buffers(module)
         files = model.weight_files()
         if files:

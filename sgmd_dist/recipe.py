@@ -28,6 +28,9 @@ from sgmd_dist.schedule import NonNegative, Positive, UnitInterval, constant
 
 RoleName = Literal["teacher", "generator", "fake_score"]
 DType = Literal["bfloat16", "float32"]
+AttentionBackend = Literal[
+    "auto", "flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "flash", "efficient", "math"
+]
 KIND_OF_SECTION = {"model": registry.MODELS, "objective": registry.OBJECTIVES}
 
 
@@ -205,7 +208,9 @@ class DataSection(Section):
 class ParallelSection(Section):
     """Mesh axes and how blocks run. `dp_shard: -1` takes the ranks that the other axes leave.
 
+    `ulysses` x `ring` ranks share each sequence: ulysses ranks part the heads, ring ranks pass keys round.
     `activation_checkpointing: block` recomputes each block in the backward pass. `compile` compiles each block.
+    `attention` is a backend of sgmd_kernels.attention; `auto` takes the fastest that is there.
     """
 
     dp_replicate: int = Field(default=1, ge=1)
@@ -214,6 +219,7 @@ class ParallelSection(Section):
     ring: int = Field(default=1, ge=1)
     activation_checkpointing: Literal["none", "block"] = "block"
     compile: bool = False
+    attention: AttentionBackend = "auto"
 
     @field_validator("dp_shard")
     @classmethod
@@ -221,13 +227,6 @@ class ParallelSection(Section):
         if dp_shard == 0:
             raise wrong("expected -1 (the ranks that the other axes leave) or an integer >= 1")
         return dp_shard
-
-    @field_validator("ulysses", "ring")
-    @classmethod
-    def _one_sequence_rank(cls, degree: int) -> int:
-        if degree != 1:
-            raise wrong("this version does not split sequences over ranks; set 1")
-        return degree
 
 
 class CheckpointSection(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from sgmd_dist.errors import EXIT_DONE, EXIT_PREEMPTED
 from sgmd_dist.metrics import Metrics, RunLog
 from sgmd_dist.objectives.base import Phase, StepState
 from sgmd_dist.parallel.mesh import Mesh
+from sgmd_dist.parallel.sequence import agree
 from sgmd_dist.preemption import stop_requests
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import dump_recipe
@@ -152,8 +154,12 @@ class Trainer:
         if phase.data == "same":
             return state.batches[state.unit_index]
         batch = self.stream.next().to(self.mesh.device)
+<<<<<<< HEAD
         if self._keeps_batches:
             state.batches.setdefault(state.unit_index, batch)
+=======
+        batch = replace(batch, valid=agree(batch.valid, self.mesh.sequence))
+        state.batches.setdefault(state.unit_index, batch)
         return batch
 
     def _log(self, log: RunLog, *, at_once: bool) -> None:
@@ -161,7 +167,8 @@ class Trainer:
         self._steps_since_log += 1
         if self.step % self.recipe.run.log_every and self.step != self.recipe.run.steps and not at_once:
             return
-        scale = self.recipe.data.global_batch_size * self._steps_since_log
+        sharers = self.mesh.layout.sequence_size  # each does a part of every pass
+        scale = self.recipe.data.global_batch_size * self._steps_since_log * sharers
         self._steps_since_log = 0
         for name, passes in self.roles.take_passes().items():
             self.metrics.record(f"passes/{name}", passes / scale, reduce="sum")

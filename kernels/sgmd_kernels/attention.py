@@ -24,6 +24,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -58,6 +59,14 @@ def choose(
     return _resolve(backend, _problem(device, dtype, head_size, needs_backward, False))
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, backend: str = AUTO, return_lse: Literal[False] = False
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, backend: str = AUTO, return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, backend: str = AUTO, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ A family's module defines `Section` (its part of a recipe) and `build(section, p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,37 @@ import torch
 from torch import Tensor, nn
 
 LatentShape = tuple[int, int, int, int]  # (C, F, H, W) of one video's latents
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Self-attention of a network: blocks, heads and the size of a head."""
+
+    num_blocks: int
+    num_heads: int
+    head_size: int
+
+
+class SequenceAxis(Protocol):
+    """The ranks that share a sequence, `size` of them, as a network meets them. With one rank nothing is split."""
+
+    size: int
+
+    def split(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's run of the tokens along `dim`, filled up with zeros: all ranks' runs have one length."""
+        ...
+
+    def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """All ranks' runs, cut to `length` tokens along `dim`."""
+        ...
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        """Attention over the whole sequence of `length` tokens, from and to this rank's run `[B, c, H, D]`."""
+        ...
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of this rank's run `[B, c, H, D]` over keys `[B, K, H, D]` that every rank has whole."""
+        ...
 
 
 class VideoModel(Protocol):
@@ -27,6 +59,21 @@ class VideoModel(Protocol):
 
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         """The repeated blocks, in forward order: the units of checkpointing, compilation and sharding."""
+        ...
+
+    def attach(self, module: nn.Module, axis: SequenceAxis) -> None:
+        """Make the network run its attention through `axis`, on this rank's run of the tokens.
+
+        Called once, before the network is checkpointed, compiled and sharded; its inputs and output stay whole.
+        """
+        ...
+
+    def attention_shape(self) -> AttentionShape:
+        """Blocks, heads and head size, for plans and for the choice of a kernel."""
+        ...
+
+    def num_tokens(self, latent_shape: LatentShape) -> int:
+        """Length L of the sequence that latents of this shape make."""
         ...
 
     def reset_buffers(self, module: nn.Module) -> None:

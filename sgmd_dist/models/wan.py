@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from sgmd_dist import rng
 from sgmd_dist.errors import UserError
 from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
+from sgmd_dist.models._wan_attention import attach
 from sgmd_dist.models._wan_folder import read_folder
-from sgmd_dist.models.base import LatentShape
+from sgmd_dist.models.base import AttentionShape, LatentShape, SequenceAxis
 from sgmd_dist.recipe import ModelSection, wrong
 from sgmd_dist.recipe import Section as RecipeSection
 
@@ -133,10 +134,23 @@ class Wan:
     def blocks(self, module: nn.Module) -> list[nn.Module]:
         return list(module.blocks)  # pyright: ignore[reportArgumentType]
 
+    def attach(self, module: nn.Module, axis: SequenceAxis) -> None:
+        attach(module, axis)
+
+    def attention_shape(self) -> AttentionShape:
+        config = self.config
+        return AttentionShape(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
+
+    def num_tokens(self, latent_shape: LatentShape) -> int:
+        sizes = zip(latent_shape[1:], self.config["patch_size"], strict=True)
+        return math.prod(size // patch for size, patch in sizes)
+
     def reset_buffers(self, module: nn.Module) -> None:
         head_dim, patch_size = self.config["attention_head_dim"], self.config["patch_size"]
-        rope = WanRotaryPosEmbed(head_dim, patch_size, self.config["rope_max_seq_len"])
-        module.rope = rope.to(next(module.parameters()).device)
+        fresh = WanRotaryPosEmbed(head_dim, patch_size, self.config["rope_max_seq_len"])
+        device = next(module.parameters()).device
+        for name, buffer in fresh.named_buffers():  # the module itself stays: hooks hang on it
+            setattr(module.rope, name, buffer.to(device))
 
     def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """Wan's own: normal weights of Xavier's variance, zero biases and output projection, unit norms.
@@ -171,8 +185,7 @@ class Wan:
         timestep = sigma.to(torch.float32) * NUM_TRAIN_TIMESTEPS
         if not self.expand_timesteps:
             return timestep
-        sizes = zip(latents.shape[2:], self.config["patch_size"], strict=True)
-        return timestep[:, None].expand(-1, math.prod(size // patch for size, patch in sizes))
+        return timestep[:, None].expand(-1, self.num_tokens(cast(LatentShape, tuple(latents.shape[1:]))))
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
         channels, patch = self.config["in_channels"], self.config["patch_size"]

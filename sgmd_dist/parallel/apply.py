@@ -1,40 +1,44 @@
-"""The one order in which a network becomes parallel: checkpointing -> compile -> fully_shard -> materialize."""
+"""How a network becomes parallel: sequence -> checkpointing -> compile -> fully_shard -> materialize, in this order."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 
 import torch
+from loguru import logger
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from sgmd_dist.errors import UserError
+from sgmd_dist.models.base import VideoModel
+from sgmd_dist.parallel.mesh import Mesh
+from sgmd_dist.parallel.sequence import SequenceAxis
 from sgmd_dist.recipe import ParallelSection
+from sgmd_kernels.attention import choose
 
 # Networks that unpatchify return a view; nothing here writes into a network's output in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def parallelize(
-    module: nn.Module,
-    blocks: Sequence[nn.Module],
-    section: ParallelSection,
-    *,
-    mesh: DeviceMesh,
-    compute_dtype: torch.dtype,
-    device: torch.device,
+    module: nn.Module, model: VideoModel, section: ParallelSection, *, mesh: Mesh, compute_dtype: torch.dtype
 ) -> nn.Module:
-    """Checkpoint, compile and shard `blocks`, then the root, and give the parameters empty storage on `device`.
+    """Split the sequence, checkpoint, compile and shard the blocks, then the root, and give the parameters empty
+    storage on the mesh's device.
 
     Args:
         module: the network on the meta device, in the dtype of its sharded parameters.
-        blocks: its repeated blocks, in forward order.
-        mesh: where parameters lie: 1-D (shard) or 2-D (replicate, shard).
+        model: its family, which knows its blocks and where its tokens are split and joined.
         compute_dtype: dtype of the gathered parameters; gradients are reduced in float32.
+
+    Raises:
+        UserError: `parallel.attention` names a backend that cannot run here.
     """
+    _check_attention(section.attention, model, mesh.device, compute_dtype)
+    model.attach(module, SequenceAxis(mesh.sequence, section.attention))
+    blocks = model.blocks(module)
     for block in blocks:
         if section.activation_checkpointing == "block":
             _checkpoint(block)
@@ -42,7 +46,7 @@ def parallelize(
             block.compile()
     shard = functools.partial(
         fully_shard,
-        mesh=mesh,
+        mesh=mesh.fsdp,
         # Casting inputs would round timesteps and rotary angles to bfloat16; the model casts what it means to.
         mp_policy=MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False),
         reshard_after_forward=True,  # the root too: gathered parameters would survive a change of requires_grad
@@ -50,9 +54,22 @@ def parallelize(
     for block in blocks:
         shard(block)
     shard(module)
-    return module.to_empty(device=device)
+    return module.to_empty(device=mesh.device)
 
 
 def _checkpoint(block: nn.Module) -> None:
     """Recompute the block in the backward pass. Wrapping `forward`, not the module, keeps parameter names."""
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _check_attention(backend: str, model: VideoModel, device: torch.device, dtype: torch.dtype) -> None:
+    try:
+        choice = choose(backend, device, dtype, model.attention_shape().head_size)
+    except ValueError as error:
+        raise UserError(f"parallel.attention = {backend}: {error}") from None
+    _log_once(f"attention: {choice}")
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)

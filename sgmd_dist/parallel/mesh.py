@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 
 from sgmd_dist.errors import UserError
 from sgmd_dist.recipe import Layout
@@ -21,10 +23,27 @@ _LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """This rank's place. `fsdp` is the mesh over which parameters lie: (dp_shard,) or (dp_replicate, dp_shard).
+class SequenceGroup:
+    """The ranks that share a sequence, by the names of their process groups, and this rank's place among them.
 
-    `dp_rank` numbers the ranks that read different data, `dp_size` of them.
+    Tokens follow the ranks' order: rank = ring rank x `ulysses` + ulysses rank. `whole` has all ring x ulysses ranks,
+    `ulysses_name` those of this ring rank, `ring_name` those of this ulysses rank.
+    """
+
+    rank: int
+    ring: int
+    ulysses: int
+    whole: str
+    ring_name: str
+    ulysses_name: str
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. `fsdp` is the mesh over which parameters lie: (dp_shard,) or (dp_replicate, dp_shard),
+    where the shards lie over the ranks of a sequence too.
+
+    `dp_rank` numbers the ranks that read different data, `dp_size` of them; the ranks of one `sequence` read the same.
     """
 
     layout: Layout
@@ -32,6 +51,7 @@ class Mesh:
     rank: int
     fsdp: DeviceMesh
     dp_rank: int
+    sequence: SequenceGroup | None = None
 
     @property
     def dp_size(self) -> int:
@@ -104,4 +124,34 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
         sizes = (layout.dp_replicate, shard_size)
         fsdp = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp_shard"))
     rank = dist.get_rank()
-    return Mesh(layout, device, rank, fsdp, dp_rank=rank // layout.sequence_size)
+    return Mesh(layout, device, rank, fsdp, rank // layout.sequence_size, _sequence_group(layout))
+
+
+def process_group_of(name: str) -> ProcessGroup:
+    """The process group that a `SequenceGroup` names."""
+    group_name: Any = name
+    return _resolve_process_group(group_name)
+
+
+def _sequence_group(layout: Layout) -> SequenceGroup | None:
+    """The groups of ranks that share a sequence; None where each rank has its own. Collective."""
+    ring, ulysses, size = layout.ring, layout.ulysses, layout.sequence_size
+    if size == 1:
+        return None
+    ranks = torch.arange(layout.world_size).view(-1, ring, ulysses)
+    whole = _join(ranks.flatten(1))
+    return SequenceGroup(
+        rank=dist.get_rank() % size,
+        ring=ring,
+        ulysses=ulysses,
+        whole=whole,
+        ring_name=whole if ulysses == 1 else _join(ranks.transpose(1, 2).reshape(-1, ring)),
+        ulysses_name=whole if ring == 1 else _join(ranks.reshape(-1, ulysses)),
+    )
+
+
+def _join(ranks: torch.Tensor) -> str:
+    """Make a process group of each row; returns the name of this rank's. Who keeps the group itself delays its end."""
+    group, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    assert isinstance(group, ProcessGroup)
+    return group.group_name

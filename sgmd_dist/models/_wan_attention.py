@@ -1,0 +1,109 @@
+"""Wan's attention through a `SequenceAxis`: a processor for its attentions, hooks where tokens are split and joined.
+
+Shapes: B batch, L tokens, c tokens of this rank's run, H heads, D head size, W = H D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgmd_dist.models.base import SequenceAxis
+
+_TEXT_TOKENS = 512  # of image-to-video models, whose context begins with image tokens; as in diffusers
+
+Rotary = tuple[Tensor, Tensor, int]  # cos and sin `[1, c, 1, D]` of this rank's run, and the sequence's length L
+
+
+def attach(module: Any, axis: SequenceAxis) -> None:
+    """Give every attention of a `WanTransformer3DModel` a processor, and the network its hooks.
+
+    Tokens are split behind the patch embedding and joined behind the last projection, where they are narrowest. The
+    length travels to the attentions with the rotary angles: a recomputed block finds it where its first run did.
+    """
+    processor = _Processor(axis)
+    for block in module.blocks:
+        block.attn1.set_processor(processor)
+        block.attn2.set_processor(processor)
+    tokens = _Tokens(axis)
+    module.rope.register_forward_hook(tokens.split_angles)
+    if axis.size > 1:
+        module.register_forward_pre_hook(tokens.split_timesteps, with_kwargs=True)
+        module.patch_embedding.register_forward_hook(tokens.split_patches)
+        module.proj_out.register_forward_hook(tokens.join)
+
+
+class _Tokens:
+    """The hooks of one network. `_length` lives from the angles to the last projection of one forward pass."""
+
+    def __init__(self, axis: SequenceAxis) -> None:
+        self._axis = axis
+        self._length = 0
+
+    def split_timesteps(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Timesteps per token `[B, L]` go with their tokens; `[B]` stay."""
+        timestep = kwargs["timestep"]
+        return args, {**kwargs, "timestep": self._axis.split(timestep, 1) if timestep.ndim == 2 else timestep}
+
+    def split_angles(self, module: nn.Module, args: Any, angles: tuple[Tensor, Tensor]) -> Rotary:
+        cos, sin = angles
+        self._length = cos.shape[1]
+        return self._axis.split(cos, 1), self._axis.split(sin, 1), self._length
+
+    def split_patches(self, module: nn.Module, args: Any, patches: Tensor) -> Tensor:
+        """`[B, W, F, Y, X]` to `[B, W, c, 1, 1]`: the network goes on to flatten the last three."""
+        return self._axis.split(patches.flatten(2), 2)[..., None, None]
+
+    def join(self, module: nn.Module, args: Any, patches: Tensor) -> Tensor:
+        """`[B, c, N]` to `[B, L, N]`."""
+        return self._axis.gather(patches, 1, self._length)
+
+
+class _Processor:
+    """diffusers' attention processor: projections and norms of the module, attention of the axis."""
+
+    def __init__(self, axis: SequenceAxis) -> None:
+        self._axis = axis
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Rotary | None = None,
+    ) -> Tensor:
+        assert attention_mask is None, "Wan's attentions have no mask"
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        if encoder_hidden_states is None:
+            assert rotary_emb is not None
+            *angles, length = rotary_emb
+            k, v = _keys_values(hidden_states, attn.to_k, attn.norm_k, attn.to_v, attn.heads)
+            out = self._axis.self_attention(_rotate(q, *angles), _rotate(k, *angles), v, length)
+        else:
+            out = self._over_context(attn, q, encoder_hidden_states)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+    def _over_context(self, attn: Any, q: Tensor, context: Tensor) -> Tensor:
+        """Attention over the text, and over the image tokens before it where the model has projections for them."""
+        text = context if attn.add_k_proj is None else context[:, -_TEXT_TOKENS:]
+        out = self._axis.cross_attention(q, *_keys_values(text, attn.to_k, attn.norm_k, attn.to_v, attn.heads))
+        if attn.add_k_proj is None:
+            return out
+        image = _keys_values(
+            context[:, :-_TEXT_TOKENS], attn.add_k_proj, attn.norm_added_k, attn.add_v_proj, attn.heads
+        )
+        return out + self._axis.cross_attention(q, *image)
+
+
+def _keys_values(x: Tensor, to_k: Any, norm_k: Any, to_v: Any, heads: int) -> tuple[Tensor, Tensor]:
+    return norm_k(to_k(x)).unflatten(2, (heads, -1)), to_v(x).unflatten(2, (heads, -1))
+
+
+def _rotate(x_BLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of neighbouring numbers by its angle, in the angles' precision."""
+    even, odd = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., ::2], sin[..., ::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x_BLHD)

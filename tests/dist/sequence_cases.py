@@ -1,0 +1,156 @@
+"""What ranks do in the tests of sequence parallelism: a small Wan, its output and all its gradients."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sgmd_dist.models.wan import Wan
+from sgmd_dist.parallel.apply import parallelize
+from sgmd_dist.parallel.load import fill
+from sgmd_dist.parallel.mesh import build_mesh, process_group
+from sgmd_dist.recipe import Layout, ParallelSection
+
+BATCH, TEXT_TOKENS, TEXT_DIM, CHANNELS = 2, 5, 8, 4
+# Latents (F, Y, X) with patches (1, 2, 2), by their number of tokens
+LATENTS = {27: (3, 6, 6), 45: (5, 6, 6), 24: (2, 6, 8), 1: (1, 2, 2), 2: (2, 2, 2)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and a network. `dp_size` samples' worth of data are trained at once, BATCH for each."""
+
+    ring: int = 1
+    ulysses: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    length: int = 27
+    heads: int = 4
+    per_token: bool = False
+    checkpointing: bool = False
+    compile: bool = False
+    attention: str = "auto"
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_size * self.ring * self.ulysses
+
+    def on_one_rank(self) -> Case:
+        """The same network and data without sequence or data parallelism."""
+        return Case(length=self.length, heads=self.heads, per_token=self.per_token)
+
+    def model(self) -> Wan:
+        config = {
+            "patch_size": (1, 2, 2), "num_attention_heads": self.heads, "attention_head_dim": 12,
+            "in_channels": CHANNELS, "out_channels": CHANNELS, "text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 32,
+            "num_layers": 2, "rope_max_seq_len": 16,
+        }  # fmt: skip
+        return Wan(config, None, [], self.per_token, torch.float32)
+
+    def section(self) -> ParallelSection:
+        return ParallelSection(
+            dp_replicate=self.dp_replicate, dp_shard=self.dp_shard, ring=self.ring, ulysses=self.ulysses,
+            activation_checkpointing="block" if self.checkpointing else "none", compile=self.compile,
+            attention=self.attention,
+        )  # fmt: skip
+
+    def layout(self) -> Layout:
+        return Layout(self.world_size, self.dp_replicate, self.dp_shard, self.ring, self.ulysses, 1, 1)
+
+
+@dataclass
+class Outcome:
+    """Of one rank: output and input gradient for each data-parallel part, full weight gradients."""
+
+    output: Tensor
+    input_gradient: Tensor
+    weight_gradients: dict[str, Tensor]
+
+
+def weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Weights of a size at which every path of the network shows, output projection and biases included."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) == 1:
+        return 0.1 * noise + (1 if "norm" in name and name.endswith("weight") else 0)
+    return noise / torch.Size(shape[1:]).numel() ** 0.5
+
+
+
+def data(case: Case, part: int) -> dict[str, Tensor]:
+    """Inputs of one data-parallel part, and the weights of the loss over its output."""
+    generator = torch.Generator().manual_seed(100 + part)
+    shape = (BATCH, CHANNELS, *LATENTS[case.length])
+    sigma = torch.rand((BATCH, case.length) if case.per_token else (BATCH,), generator=generator)
+    return {
+        "latents": torch.randn(shape, generator=generator),
+        "sigma": sigma,
+        "text": torch.randn(BATCH, TEXT_TOKENS, TEXT_DIM, generator=generator),
+        "target": torch.randn(shape, generator=generator),
+    }
+
+
+def velocity(case: Case, module: WanTransformer3DModel, inputs: dict[str, Tensor]) -> Tensor:
+    """With per-token timesteps each token has its own."""
+    return module(
+        hidden_states=inputs["latents"], timestep=1000 * inputs["sigma"], encoder_hidden_states=inputs["text"],
+        return_dict=False,
+    )[0]  # fmt: skip
+
+
+def mixing_loss(output: Tensor, target: Tensor) -> Tensor:
+    """A loss in which every token meets every other: the output's spectrum over frames and space."""
+    spectrum = torch.fft.fftn(output, dim=(2, 3, 4), norm="ortho")
+    return ((output - target) ** 2).mean() + (spectrum.abs() ** 3).mean() + (output.mean((2, 3, 4)) ** 2).sum()
+
+
+def plain(case: Case, parts: int) -> list[Outcome]:
+    """diffusers' network as it is, in one process: an outcome for each part; weight gradients of the parts' mean."""
+    module = case.model().build()
+    fill(module, weight)
+    outcomes = []
+    for part in range(parts):
+        inputs = data(case, part)
+        inputs["latents"].requires_grad_()
+        output = velocity(case, module, inputs)
+        (mixing_loss(output, inputs["target"]) / parts).backward()
+        outcomes.append(Outcome(output.detach(), inputs["latents"].grad * parts, {}))
+    for outcome in outcomes:
+        outcome.weight_gradients = {name: p.grad for name, p in module.named_parameters()}
+    return outcomes
+
+
+def parallel(cases: list[Case]) -> list[Outcome]:
+    """The same on ranks, one case after another."""
+    with process_group() as device:
+        outcomes = []
+        for case in cases:
+            mesh = build_mesh(case.layout(), device)
+            model = case.model()
+            with torch.device("meta"):
+                module = model.build()
+            parallelize(module, model, case.section(), mesh=mesh, compute_dtype=torch.float32)
+            model.reset_buffers(module)
+            fill(module, weight)
+            inputs = data(case, mesh.dp_rank)
+            inputs["latents"].requires_grad_()
+            output = velocity(case, module, inputs)
+            mixing_loss(output, inputs["target"]).backward()
+            gradients = {name: whole(p.grad) for name, p in module.named_parameters()}
+            outcomes.append(Outcome(output.detach(), inputs["latents"].grad, gradients))
+            del mesh, module
+            gc.collect()
+        return outcomes
+
+
+def whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
