@@ -154,12 +154,9 @@ class Trainer:
         if phase.data == "same":
             return state.batches[state.unit_index]
         batch = self.stream.next().to(self.mesh.device)
-<<<<<<< HEAD
+        batch = replace(batch, valid=agree(batch.valid, self.mesh.sequence))
         if self._keeps_batches:
             state.batches.setdefault(state.unit_index, batch)
-=======
-        batch = replace(batch, valid=agree(batch.valid, self.mesh.sequence))
-        state.batches.setdefault(state.unit_index, batch)
         return batch
 
     def _log(self, log: RunLog, *, at_once: bool) -> None:

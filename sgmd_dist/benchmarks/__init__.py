@@ -1,0 +1,1 @@
+"""Measurements behind launch/bench.py; each states what it was measured with."""
