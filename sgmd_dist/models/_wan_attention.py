@@ -62,10 +62,14 @@ class _Tokens:
 
 
 class _Processor:
-    """diffusers' attention processor: projections and norms of the module, attention of the axis."""
+    """diffusers' attention processor: projections and norms of the module, attention of the axis.
+
+    normed_and_turned: what becomes of projected queries and keys; `_wan_fused` has another one of the same meaning.
+    """
 
     def __init__(self, axis: SequenceAxis) -> None:
         self._axis = axis
+        self.normed_and_turned = _normed_and_turned
 
     def __call__(
         self,
@@ -76,13 +80,14 @@ class _Processor:
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
         assert attention_mask is None, "Wan's attentions have no mask"
-        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         if encoder_hidden_states is None:
             assert rotary_emb is not None
-            *angles, length = rotary_emb
-            k, v = _keys_values(hidden_states, attn.to_k, attn.norm_k, attn.to_v, attn.heads)
-            out = self._axis.self_attention(_rotate(q, *angles), _rotate(k, *angles), v, length)
+            cos, sin, length = rotary_emb
+            q = self.normed_and_turned(attn.to_q(hidden_states), attn.norm_q, cos, sin, attn.heads)
+            k = self.normed_and_turned(attn.to_k(hidden_states), attn.norm_k, cos, sin, attn.heads)
+            out = self._axis.self_attention(q, k, attn.to_v(hidden_states).unflatten(2, (attn.heads, -1)), length)
         else:
+            q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
             out = self._over_context(attn, q, encoder_hidden_states)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
@@ -102,8 +107,10 @@ def _keys_values(x: Tensor, to_k: Any, norm_k: Any, to_v: Any, heads: int) -> tu
     return norm_k(to_k(x)).unflatten(2, (heads, -1)), to_v(x).unflatten(2, (heads, -1))
 
 
-def _rotate(x_BLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbouring numbers by its angle, in the angles' precision."""
+def _normed_and_turned(x_BLW: Tensor, norm: Any, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """`[B, L, H, D]`: normed over all heads, then each pair of neighbouring numbers turned by its angle, in the angles'
+    precision."""
+    x_BLHD = norm(x_BLW).unflatten(2, (num_heads, -1))
     even, odd = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., ::2], sin[..., ::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x_BLHD)
