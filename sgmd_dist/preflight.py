@@ -6,10 +6,13 @@ import torch
 
 from sgmd_dist import resume
 from sgmd_dist.assemble import build_model, build_objective
-from sgmd_dist.data.sources import check_sources
+from sgmd_dist.data.sources import check_sources, latent_shape_of
+from sgmd_dist.models.base import VideoModel
+from sgmd_dist.parallel.sequence import Partition, Traffic, traffic
 from sgmd_dist.recipe import Layout, Recipe
 
 GIB = 2**30
+MIB = 2**20
 
 
 def check(recipe: Recipe, layout: Layout) -> list[str]:
@@ -29,6 +32,7 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
         f"batch       global {recipe.data.global_batch_size} = micro {recipe.data.micro_batch_size}"
         f" x data parallel {layout.dp_size} x accumulation {layout.accumulation}",
         f"updates     {', '.join(phase.role for phase in objective.phases(0))} per step",
+        *_sequence_lines(recipe, layout, models["generator"]),
     ]
     shard_ranks = layout.dp_shard * layout.sequence_size
     for role, model in models.items():
@@ -39,6 +43,37 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
         state = "trained" if trained else "frozen"
         lines.append(f"{role:<11} {num_parameters / 1e9:.4f} B parameters, {state}, {size / GIB:.3f} GiB per rank")
     return lines
+
+
+def _sequence_lines(recipe: Recipe, layout: Layout, model: VideoModel) -> list[str]:
+    """How a video's tokens lie on the ranks that share them, and what these exchange in each block."""
+    latent_shape, shape = latent_shape_of(recipe, model), model.attention_shape()
+    part = Partition(model.num_tokens(latent_shape), layout.ring, layout.ulysses)
+    heads = -(-shape.num_heads // part.ulysses)
+    waste = part.padding / (part.run * part.size)
+    head_waste = 1 - shape.num_heads / (heads * part.ulysses)
+    lines = [
+        f"tokens      {part.length} of latents {'x'.join(map(str, latent_shape))}: {part.run} per rank on {part.size},"
+        f" padding {waste:.2%}; {shape.num_heads} heads: {heads} per rank on {part.ulysses}, padding {head_waste:.2%}"
+    ]
+    if part.size > 1:
+        forward, backward = traffic(
+            part,
+            batch=recipe.data.micro_batch_size,
+            heads=shape.num_heads,
+            head_size=shape.head_size,
+            item_bytes=2 if recipe.model.compute_dtype == "bfloat16" else 4,
+        )
+        lines.append(
+            f"exchange    sent by a rank in each of {shape.num_blocks} blocks: forward {_sent(forward)}, backward"
+            f" {_sent(backward)}"
+        )
+    return lines
+
+
+def _sent(sent: Traffic) -> str:
+    calls = [f"{sent.all_to_alls} all-to-alls"] * (sent.all_to_alls > 0) + [f"{sent.hops} hops"] * (sent.hops > 0)
+    return f"{sent.sent_bytes / MIB:.3f} MiB ({', '.join(calls)})"
 
 
 def _bytes_per_parameter(recipe: Recipe, role: str, trained: bool) -> int:

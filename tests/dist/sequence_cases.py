@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from diffusers import WanTransformer3DModel
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from sgmd_dist.models.wan import Wan
 from sgmd_dist.parallel.apply import parallelize
 from sgmd_dist.parallel.load import fill
-from sgmd_dist.parallel.mesh import build_mesh, process_group
+from sgmd_dist.parallel.mesh import Mesh, build_mesh, process_group
 from sgmd_dist.recipe import Layout, ParallelSection
 
 BATCH, TEXT_TOKENS, TEXT_DIM, CHANNELS = 2, 5, 8, 4
@@ -23,7 +23,10 @@ LATENTS = {27: (3, 6, 6), 45: (5, 6, 6), 24: (2, 6, 8), 1: (1, 2, 2), 2: (2, 2, 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout and a network. `dp_size` samples' worth of data are trained at once, BATCH for each."""
+    """A layout and a network; each of `dp_size` parts trains on BATCH samples of its own.
+
+    `chained`: a frozen second network takes the first one's output with its tokens mixed, as the fake score does.
+    """
 
     ring: int = 1
     ulysses: int = 1
@@ -34,6 +37,7 @@ class Case:
     per_token: bool = False
     checkpointing: bool = False
     compile: bool = False
+    chained: bool = False
     attention: str = "auto"
 
     @property
@@ -43,10 +47,6 @@ class Case:
     @property
     def world_size(self) -> int:
         return self.dp_size * self.ring * self.ulysses
-
-    def on_one_rank(self) -> Case:
-        """The same network and data without sequence or data parallelism."""
-        return Case(length=self.length, heads=self.heads, per_token=self.per_token)
 
     def model(self) -> Wan:
         config = {
@@ -76,14 +76,13 @@ class Outcome:
     weight_gradients: dict[str, Tensor]
 
 
-def weight(name: str, shape: tuple[int, ...]) -> Tensor:
+def weight(number: int, name: str, shape: tuple[int, ...]) -> Tensor:
     """Weights of a size at which every path of the network shows, output projection and biases included."""
-    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    generator = torch.Generator().manual_seed(sum(map(ord, name)) + 10_000 * number)
     noise = torch.randn(shape, generator=generator)
     if len(shape) == 1:
         return 0.1 * noise + (1 if "norm" in name and name.endswith("weight") else 0)
-    return noise / torch.Size(shape[1:]).numel() ** 0.5
-
+    return noise * (0.4 if "proj_out" in name else 1) / torch.Size(shape[1:]).numel() ** 0.5
 
 
 def data(case: Case, part: int) -> dict[str, Tensor]:
@@ -99,33 +98,42 @@ def data(case: Case, part: int) -> dict[str, Tensor]:
     }
 
 
-def velocity(case: Case, module: WanTransformer3DModel, inputs: dict[str, Tensor]) -> Tensor:
+def forward(case: Case, networks: list[nn.Module], inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Output of the first network, and the loss."""
+    output = velocity(networks[0], inputs["latents"], inputs)
+    if not case.chained:
+        return output, mixing_loss(output, inputs["target"])
+    mixed = torch.fft.fftn(output, dim=(2, 3, 4), norm="ortho").real
+    return output, mixing_loss(velocity(networks[1], mixed, inputs), inputs["target"])
+
+
+def velocity(network: nn.Module, latents: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     """With per-token timesteps each token has its own."""
-    return module(
-        hidden_states=inputs["latents"], timestep=1000 * inputs["sigma"], encoder_hidden_states=inputs["text"],
-        return_dict=False,
-    )[0]  # fmt: skip
+    return network(
+        hidden_states=latents, timestep=1000 * inputs["sigma"], encoder_hidden_states=inputs["text"], return_dict=False
+    )[0]
 
 
 def mixing_loss(output: Tensor, target: Tensor) -> Tensor:
-    """A loss in which every token meets every other: the output's spectrum over frames and space."""
+    """A loss in which every token meets every other: through the output's spectrum over frames and space."""
     spectrum = torch.fft.fftn(output, dim=(2, 3, 4), norm="ortho")
     return ((output - target) ** 2).mean() + (spectrum.abs() ** 3).mean() + (output.mean((2, 3, 4)) ** 2).sum()
 
 
-def plain(case: Case, parts: int) -> list[Outcome]:
-    """diffusers' network as it is, in one process: an outcome for each part; weight gradients of the parts' mean."""
-    module = case.model().build()
-    fill(module, weight)
+def plain(case: Case) -> list[Outcome]:
+    """diffusers' networks as they are, in one process: an outcome for each part, weight gradients of their mean."""
+    networks = [case.model().build() for _ in range(1 + case.chained)]
+    for number, network in enumerate(networks):
+        fill(network, partial(weight, number))
     outcomes = []
-    for part in range(parts):
+    for part in range(case.dp_size):
         inputs = data(case, part)
         inputs["latents"].requires_grad_()
-        output = velocity(case, module, inputs)
-        (mixing_loss(output, inputs["target"]) / parts).backward()
-        outcomes.append(Outcome(output.detach(), inputs["latents"].grad * parts, {}))
+        output, loss = forward(case, networks, inputs)
+        (loss / case.dp_size).backward()
+        outcomes.append(Outcome(output.detach(), inputs["latents"].grad * case.dp_size, {}))
     for outcome in outcomes:
-        outcome.weight_gradients = {name: p.grad for name, p in module.named_parameters()}
+        outcome.weight_gradients = {name: p.grad for name, p in networks[0].named_parameters()}
     return outcomes
 
 
@@ -135,22 +143,41 @@ def parallel(cases: list[Case]) -> list[Outcome]:
         outcomes = []
         for case in cases:
             mesh = build_mesh(case.layout(), device)
-            model = case.model()
-            with torch.device("meta"):
-                module = model.build()
-            parallelize(module, model, case.section(), mesh=mesh, compute_dtype=torch.float32)
-            model.reset_buffers(module)
-            fill(module, weight)
+            networks = [parallel_network(case, mesh, number) for number in range(1 + case.chained)]
             inputs = data(case, mesh.dp_rank)
             inputs["latents"].requires_grad_()
-            output = velocity(case, module, inputs)
-            mixing_loss(output, inputs["target"]).backward()
-            gradients = {name: whole(p.grad) for name, p in module.named_parameters()}
+            output, loss = forward(case, networks, inputs)
+            loss.backward()
+            gradients = {name: p.grad.full_tensor() for name, p in networks[0].named_parameters()}
             outcomes.append(Outcome(output.detach(), inputs["latents"].grad, gradients))
-            del mesh, module
+            del mesh, networks
             gc.collect()
         return outcomes
 
 
-def whole(gradient: Tensor) -> Tensor:
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+def parallel_network(case: Case, mesh: Mesh, number: int = 0) -> nn.Module:
+    """The case's network number `number`, parallel and with its weights; the second one is frozen."""
+    model = case.model()
+    with torch.device("meta"):
+        module = model.build()
+    parallelize(module, model, case.section(), mesh=mesh, compute_dtype=torch.float32)
+    model.reset_buffers(module)
+    fill(module, partial(weight, number))
+    return module.requires_grad_(number == 0)
+
+
+def collectives(case: Case) -> tuple[Counter[str], Counter[str]]:
+    """The c10d events of one forward and one backward pass, on rank 0."""
+    with process_group() as device:
+        mesh = build_mesh(case.layout(), device)
+        network, inputs = parallel_network(case, mesh), data(case, mesh.dp_rank)
+        forward(case, [network], inputs)[1].backward()  # FSDP sets up its own at the first pass
+        with torch.profiler.profile() as in_forward:
+            _, loss = forward(case, [network], inputs)
+        with torch.profiler.profile() as in_backward:
+            loss.backward()
+        del mesh, network, loss
+        gc.collect()
+        counts = (Counter(event.name for event in run.events()) for run in (in_forward, in_backward))
+        first, second = (Counter({k: v for k, v in c.items() if k.startswith("c10d::")}) for c in counts)
+        return first, second

@@ -71,6 +71,23 @@ def test_replicated_and_sharded_ranks_equal_one_plain_process(recipe_path: Path)
     assert parameter_difference(only_reference_trees(state), reference(recipe_path, [])) < TOLERANCE
 
 
+SEQUENCE_LAYOUTS = {
+    "dp 2 x ulysses 2": (4, ["parallel.ulysses=2", "parallel.activation_checkpointing=block"]),
+    "ring 3": (3, ["parallel.ring=3"]),
+    "ulysses 2 x ring 2": (4, ["parallel.ulysses=2", "parallel.ring=2"]),
+}
+
+
+@pytest.mark.parametrize("layout", SEQUENCE_LAYOUTS)
+def test_ranks_that_share_sequences_equal_one_plain_process(recipe_path: Path, layout: str) -> None:
+    world_size, parallel = SEQUENCE_LAYOUTS[layout]
+    smaller = ["data.global_batch_size=4"]
+    state = run_ranks(world_size, train, recipe_path, [*smaller, *parallel])[0]
+    expected = reference(recipe_path, smaller)
+    assert moved(expected) > 1e-3
+    assert parameter_difference(only_reference_trees(state), expected) < TOLERANCE
+
+
 def test_bfloat16_ranks_agree_within_rounding(recipe_path: Path) -> None:
     """bf16 compute has 8 bits of mantissa: 2 ranks stay within 5% of the distance that training goes."""
     overrides = ["model.compute_dtype=bfloat16"]
