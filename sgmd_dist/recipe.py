@@ -211,6 +211,7 @@ class ParallelSection(Section):
     `ulysses` x `ring` ranks share each sequence: ulysses ranks part the heads, ring ranks pass keys round.
     `activation_checkpointing: block` recomputes each block in the backward pass. `compile` compiles each block.
     `attention` is a backend of sgmd_kernels.attention; `auto` takes the fastest that is there.
+    `kernels: auto` runs the fused operations of sgmd_kernels on CUDA devices where triton is installed.
     """
 
     dp_replicate: int = Field(default=1, ge=1)
@@ -220,6 +221,7 @@ class ParallelSection(Section):
     activation_checkpointing: Literal["none", "block"] = "block"
     compile: bool = False
     attention: AttentionBackend = "auto"
+    kernels: Literal["auto", "off"] = "auto"
 
     @field_validator("dp_shard")
     @classmethod
@@ -227,6 +229,11 @@ class ParallelSection(Section):
         if dp_shard == 0:
             raise wrong("expected -1 (the ranks that the other axes leave) or an integer >= 1")
         return dp_shard
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _off(cls, kernels: object) -> object:
+        return "off" if kernels is False else kernels  # YAML reads a bare `off` as false
 
 
 class CheckpointSection(Section):

@@ -68,6 +68,13 @@ class VideoModel(Protocol):
         """
         ...
 
+    def fuse(self, module: nn.Module) -> None:
+        """Make the network's blocks run the fused operations of sgmd_kernels, with the same parameters.
+
+        Called after `attach`, before the network is checkpointed, compiled and sharded.
+        """
+        ...
+
     def attention_shape(self) -> AttentionShape:
         """Blocks, heads and head size, for plans and for the choice of a kernel."""
         ...

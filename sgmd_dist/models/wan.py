@@ -17,6 +17,7 @@ from sgmd_dist.errors import UserError
 from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
 from sgmd_dist.models._wan_attention import attach
 from sgmd_dist.models._wan_folder import read_folder
+from sgmd_dist.models._wan_fused import fuse
 from sgmd_dist.models.base import AttentionShape, LatentShape, SequenceAxis
 from sgmd_dist.recipe import ModelSection, wrong
 from sgmd_dist.recipe import Section as RecipeSection
@@ -136,6 +137,9 @@ class Wan:
 
     def attach(self, module: nn.Module, axis: SequenceAxis) -> None:
         attach(module, axis)
+
+    def fuse(self, module: nn.Module) -> None:
+        fuse(module)
 
     def attention_shape(self) -> AttentionShape:
         config = self.config

@@ -16,6 +16,7 @@ from sgmd_dist.models.base import VideoModel
 from sgmd_dist.parallel.mesh import Mesh
 from sgmd_dist.parallel.sequence import SequenceAxis
 from sgmd_dist.recipe import ParallelSection
+from sgmd_kernels import dispatch
 from sgmd_kernels.attention import choose
 
 # Networks that unpatchify return a view; nothing here writes into a network's output in place.
@@ -38,6 +39,9 @@ def parallelize(
     """
     _check_attention(section.attention, model, mesh.device, compute_dtype)
     model.attach(module, SequenceAxis(mesh.sequence, section.attention))
+    if dispatch.fused(section.kernels, mesh.device.type, dispatch.triton_installed()):
+        model.fuse(module)
+        _log_once("blocks run fused Triton kernels")
     blocks = model.blocks(module)
     for block in blocks:
         if section.activation_checkpointing == "block":
