@@ -24,6 +24,16 @@ def test_a_local_model_folder_passes_and_the_plan_is_printed(local_wan: Path) ->
     assert "batch       global 256 = micro 1 x data parallel 64 x accumulation 4" in done.output
 
 
+def test_the_plan_explains_the_layout_of_a_sequence(local_wan: Path) -> None:
+    """21 x 30 x 52 tokens of the shipped recipe on 16 ranks; 2 heads on 8 of them."""
+    layout = "--world-size 64 parallel.ulysses=8 parallel.ring=2"
+    done = run(f"python launch/train.py recipes/sgmd.yaml --check {layout} model.pretrained={local_wan}")
+    assert done.code == 0, done.output
+    assert "tokens      32760 of latents 16x21x60x104: 2048 per rank on 16, padding 0.02%" in done.output
+    assert "2 heads: 1 per rank on 8, padding 75.00%" in done.output
+    assert "exchange    sent by a rank in each of 1 blocks: forward" in done.output
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -36,6 +36,21 @@ def test_the_plan_says_what_runs_where_and_with_which_batch(tiny_recipe: MakeRec
     assert found["updates"] == "generator, fake_score per step"
 
 
+def test_the_plan_explains_how_a_video_lies_on_the_ranks(tiny_recipe: MakeRecipe) -> None:
+    """The world's latents make 288 tokens."""
+    assert "exchange" not in plan(tiny_recipe())
+    whole = plan(tiny_recipe())["tokens"]
+    assert whole.endswith("288 per rank on 1, padding 0.00%; 2 heads: 2 per rank on 1, padding 0.00%")
+    found = plan(tiny_recipe("parallel.ulysses=5"), world_size=5)
+    assert found["tokens"].endswith(": 58 per rank on 5, padding 0.69%; 2 heads: 1 per rank on 5, padding 60.00%")
+    numbers = 2 * 58 * 5 * 12  # batch, run, padded heads, head size
+    each_way = 4 * numbers * 4 / 5 * 4 / preflight.MIB
+    line = f"{each_way:.3f} MiB (2 all-to-alls)"
+    assert found["exchange"] == f"sent by a rank in each of 1 blocks: forward {line}, backward {line}"
+    hybrid = plan(tiny_recipe("parallel.ulysses=2", "parallel.ring=3"), world_size=6)
+    assert "(2 all-to-alls, 2 hops)" in hybrid["exchange"] and "(2 all-to-alls, 5 hops)" in hybrid["exchange"]
+
+
 def test_every_update_of_the_fake_score_is_in_the_plan(tiny_recipe: MakeRecipe) -> None:
     found = plan(tiny_recipe("objective.name=dmd2", "objective.fake_updates=3"))
     assert found["updates"].split(", ").count("fake_score") + found["updates"].count("fake_score per step") == 3
