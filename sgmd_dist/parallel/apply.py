@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from loguru import logger
@@ -63,7 +64,13 @@ def parallelize(
 
 def _checkpoint(block: nn.Module) -> None:
     """Recompute the block in the backward pass. Wrapping `forward`, not the module, keeps parameter names."""
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    forward = block.forward
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    # A function of this file: torch.compile passes over a partial of torch's own `checkpoint` and compiles nothing.
+    block.forward = recomputed
 
 
 def _check_attention(backend: str, model: VideoModel, device: torch.device, dtype: torch.dtype) -> None:
