@@ -27,6 +27,7 @@ from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import dump_recipe
 from sgmd_dist.resume import begin
 from sgmd_dist.roles import build_roles
+from sgmd_kernels import dispatch
 
 LOCK_FILE = ".lock"
 
@@ -128,7 +129,8 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimizer step: the objective's phases in order."""
-        state = StepState(self.step, self.recipe.run.seed, self.mesh.layout.num_units)
+        fused = dispatch.fused(self.recipe.parallel.kernels, self.mesh.device.type, dispatch.triton_installed())
+        state = StepState(self.step, self.recipe.run.seed, self.mesh.layout.num_units, fused=fused)
         phases = self.objective.phases(self.step)
         self._keeps_batches = any(phase.data == "same" for phase in phases)
         with self.metrics.timed("time/step_s"):

@@ -32,6 +32,7 @@ class StepState:
         step: optimizer step, from 0.
         seed: the run's seed.
         num_units: micro-batches per phase over all data-parallel ranks.
+        fused: whether losses that have a fused kernel run it.
         unit_index: the current micro-batch's number in its phase, in {0, ..., num_units - 1}.
         samples: generated samples of this step by `unit_index`, detached, for phases that reuse them.
         batches: the batches they were generated from.
@@ -41,6 +42,7 @@ class StepState:
     seed: int
     num_units: int
     unit_index: int = 0
+    fused: bool = False
     samples: dict[int, Tensor] = field(default_factory=dict)
     batches: dict[int, Batch] = field(default_factory=dict)
 

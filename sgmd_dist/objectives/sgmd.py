@@ -30,6 +30,7 @@ from sgmd_dist.recipe import Section as RecipeSection
 from sgmd_dist.recipe import wrong
 from sgmd_dist.roles import Roles
 from sgmd_dist.schedule import NonNegative, constant
+from sgmd_kernels.sgmd_loss import outer_loss
 
 
 class DiversitySection(RecipeSection):
@@ -104,8 +105,13 @@ class Sgmd(Distillation):
         at = self.renoise(x_g, batch, state, "generator")
         x0_fake, x0_teacher = self.scores(roles, batch, state, at)
         n = teacher_distance(x_g, x0_teacher)
-        fisher, nr = fisher_loss(x0_fake, x0_teacher, n), nr_loss(x0_fake, x_g, at.sigma)
         fisher_weight, nr_weight = self.section.fisher_weight.at(state.step), self.section.nr_weight.at(state.step)
+        if state.fused:
+            weights = {"fisher_weight": fisher_weight, "nr_weight": nr_weight}
+            loss, fisher, nr = outer_loss(x0_fake, x0_teacher, x_g, n, at.sigma, **weights)
+        else:
+            fisher, nr = fisher_loss(x0_fake, x0_teacher, n), nr_loss(x0_fake, x_g, at.sigma)
+            loss = fisher_weight * fisher - nr_weight * nr
         metrics = {
             "generator/fisher": fisher.detach().mean(),
             "generator/nr": nr.detach().mean(),
@@ -113,7 +119,7 @@ class Sgmd(Distillation):
         }
         if fisher_weight > 0:
             metrics["generator/alpha"] = alpha(n, at.sigma, nr_weight, fisher_weight).mean()
-        return Losses(fisher_weight * fisher - nr_weight * nr, metrics)
+        return Losses(loss, metrics)
 
     def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:
         return self.section.rc_weight.at(step) * rc_loss(velocity, noise, x_g)

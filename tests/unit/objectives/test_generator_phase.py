@@ -47,6 +47,15 @@ def test_generator_phase_is_the_method_written_out(world: World, name: str, step
     assert world.generator.graph == [False] * exit_index + [True], "a gradient at the exit step alone"
 
 
+def test_the_fused_loss_is_the_same_with_its_gradient_and_metrics(world: World) -> None:
+    plain, fused = (world.run(make_sgmd(fisher_weight=0.7).phases(0)[0]) for world.state.fused in (False, True))
+    assert plain.metrics.keys() == fused.metrics.keys()
+    torch.testing.assert_close(dict(fused.metrics), dict(plain.metrics), atol=0, rtol=1e-12)
+    torch.testing.assert_close(fused.per_sample, plain.per_sample, atol=0, rtol=1e-12)
+    ours, theirs = (torch.autograd.grad(loss.per_sample.mean(), world.generator.weight)[0] for loss in (fused, plain))
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-10)
+
+
 def test_the_four_steps_of_that_test_have_different_exits() -> None:
     assert len({exits(make_sgmd(), 1, step)[0] for step in range(4)}) > 1
 
