@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sgmd_dist.models.wan import Wan
@@ -16,7 +20,7 @@ from sgmd_dist.parallel.load import fill
 from sgmd_dist.parallel.mesh import Mesh, build_mesh, process_group
 from sgmd_dist.recipe import Layout, ParallelSection
 
-BATCH, TEXT_TOKENS, TEXT_DIM, CHANNELS = 2, 5, 8, 4
+BATCH, HEAD_SIZE, TEXT_TOKENS, TEXT_DIM, CHANNELS = 2, 12, 5, 8, 4
 # Latents (F, Y, X) with patches (1, 2, 2), by their number of tokens
 LATENTS = {27: (3, 6, 6), 45: (5, 6, 6), 24: (2, 6, 8), 1: (1, 2, 2), 2: (2, 2, 2)}
 
@@ -50,7 +54,7 @@ class Case:
 
     def model(self) -> Wan:
         config = {
-            "patch_size": (1, 2, 2), "num_attention_heads": self.heads, "attention_head_dim": 12,
+            "patch_size": (1, 2, 2), "num_attention_heads": self.heads, "attention_head_dim": HEAD_SIZE,
             "in_channels": CHANNELS, "out_channels": CHANNELS, "text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 32,
             "num_layers": 2, "rope_max_seq_len": 16,
         }  # fmt: skip
@@ -166,18 +170,45 @@ def parallel_network(case: Case, mesh: Mesh, number: int = 0) -> nn.Module:
     return module.requires_grad_(number == 0)
 
 
-def collectives(case: Case) -> tuple[Counter[str], Counter[str]]:
-    """The c10d events of one forward and one backward pass, on rank 0."""
+@dataclass(frozen=True)
+class Sent:
+    """What this rank's blocks sent in one pass: calls, by the profiler's events, and bytes."""
+
+    all_to_alls: int
+    sends: int
+    receives: int
+    sent_bytes: int
+
+
+def communication(case: Case) -> tuple[Sent, Sent]:
+    """Of one forward and one backward pass."""
     with process_group() as device:
         mesh = build_mesh(case.layout(), device)
         network, inputs = parallel_network(case, mesh), data(case, mesh.dp_rank)
         forward(case, [network], inputs)[1].backward()  # FSDP sets up its own at the first pass
-        with torch.profiler.profile() as in_forward:
-            _, loss = forward(case, [network], inputs)
-        with torch.profiler.profile() as in_backward:
-            loss.backward()
+        (_, loss), sent_forward = watched(case, partial(forward, case, [network], inputs))
+        _, sent_backward = watched(case, loss.backward)
         del mesh, network, loss
         gc.collect()
-        counts = (Counter(event.name for event in run.events()) for run in (in_forward, in_backward))
-        first, second = (Counter({k: v for k, v in c.items() if k.startswith("c10d::")}) for c in counts)
-        return first, second
+        return sent_forward, sent_backward
+
+
+def watched(case: Case, run: Callable[[], Any]) -> tuple[Any, Sent]:
+    hop_bytes, make = [], dist.P2POp
+
+    def recorded(operation: Any, tensor: Tensor, **more: Any) -> dist.P2POp:
+        hop_bytes.append(tensor.nbytes if operation is dist.isend else 0)
+        return make(operation, tensor, **more)
+
+    dist.P2POp = recorded
+    with torch.profiler.profile(record_shapes=True) as profile:
+        result = run()
+    dist.P2POp = make
+    counts = Counter(event.name for event in profile.events())
+    exchanged = sum(
+        math.prod(event.input_shapes[0]) * 4 * (case.ulysses - 1) // case.ulysses
+        for event in profile.events()
+        if event.name == "c10d::alltoall_base_"
+    )
+    calls = (counts[f"c10d::{name}"] for name in ("alltoall_base_", "send", "recv_"))
+    return result, Sent(*calls, exchanged + sum(hop_bytes))

@@ -90,6 +90,14 @@ def test_resuming_on_other_numbers_of_ranks_changes_only_rounding(
     assert parameter_difference(state, quiet) < 1e-6
 
 
+def test_resuming_on_ranks_that_share_sequences_changes_only_rounding(recipe_path: Path, tmp_path: Path) -> None:
+    small = ["data.global_batch_size=2", "objective.inner_sample=reuse"]
+    run_ranks(2, train, recipe_path, [*small, "run.steps=2", "parallel.ulysses=2"])
+    state = run_ranks(2, train, recipe_path, [*small, "run.steps=3", "parallel.ring=2"])[0]
+    one = run_ranks(1, train, recipe_path, [*small, "run.steps=3", f"run.dir={tmp_path / 'one'}"])[0]
+    assert parameter_difference(state, one) < 1e-6
+
+
 def die_before_commit(recipe_path: Path, overrides: list[str]) -> None:
     """Train until the second checkpoint is written and die before the rename."""
     commit = checkpoint._commit

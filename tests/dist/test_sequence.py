@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from ranks import run_ranks
-from sequence_cases import Case, Outcome, collectives, parallel, plain
+from sequence_cases import BATCH, HEAD_SIZE, Case, Outcome, communication, parallel, plain
 from torch import Tensor
 
 from sgmd_dist.parallel.mesh import SequenceGroup, build_mesh, process_group
@@ -91,21 +91,26 @@ def test_compiled_blocks_equal_one_process() -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [Case(ulysses=2), Case(ulysses=3, checkpointing=True), Case(ring=3), Case(ulysses=2, ring=2, checkpointing=True)],
+    [
+        Case(ulysses=2),
+        Case(ulysses=3, heads=5, checkpointing=True),
+        Case(ring=3),
+        Case(ulysses=2, ring=2, checkpointing=True),
+    ],
     ids=["ulysses 2", "ulysses 3, recomputed", "ring 3", "hybrid, recomputed"],
 )
 def test_a_block_communicates_what_the_formula_says(case: Case) -> None:
     """Two blocks; a recomputed block repeats its forward's exchange in the backward pass."""
     num_blocks = 2
-    found = run_ranks(case.world_size, collectives, case)[0]
     partition = Partition(case.length, case.ring, case.ulysses)
-    forward, backward = traffic(partition, batch=1, heads=case.heads, head_size=12, item_bytes=4)
-    again = forward if case.checkpointing else None
-    expected_calls = [forward.all_to_alls, backward.all_to_alls + (again.all_to_alls if again else 0)]
-    expected_hops = [forward.hops, backward.hops + (again.hops if again else 0)]
-    assert [c["c10d::alltoall_base_"] for c in found] == [num_blocks * n for n in expected_calls], found
-    assert [c["c10d::send"] for c in found] == [num_blocks * n for n in expected_hops], found
-    assert [c["c10d::recv_"] for c in found] == [num_blocks * n for n in expected_hops], found
+    forward, backward = traffic(partition, batch=BATCH, heads=case.heads, head_size=HEAD_SIZE, item_bytes=4)
+    repeated = int(case.checkpointing)
+    for in_forward, in_backward in run_ranks(case.world_size, communication, case):
+        for found, (one, more) in {in_forward: (forward, 0), in_backward: (backward, repeated)}.items():
+            hops = num_blocks * (one.hops + more * forward.hops)
+            assert found.all_to_alls == num_blocks * (one.all_to_alls + more * forward.all_to_alls)
+            assert (found.sends, found.receives) == (hops, hops)
+            assert found.sent_bytes == num_blocks * (one.sent_bytes + more * forward.sent_bytes)
 
 
 def sums(case: Case) -> dict[str, list[float]]:

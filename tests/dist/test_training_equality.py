@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def test_ranks_that_share_sequences_equal_one_plain_process(recipe_path: Path, l
     expected = reference(recipe_path, smaller)
     assert moved(expected) > 1e-3
     assert parameter_difference(only_reference_trees(state), expected) < TOLERANCE
+
+
+def test_ranks_that_share_sequences_log_what_one_process_logs(recipe_path: Path) -> None:
+    """Losses, gradient norms, passes per sample and the place in the data, step by step."""
+    overrides = ["data.global_batch_size=4", "run.steps=2", "objective.inner_sample=reuse"]
+    logs = []
+    for world_size, parallel in ((1, []), (2, ["parallel.ring=2"])):
+        run_dir = recipe_path.parent / f"{world_size}"
+        run_ranks(world_size, train, recipe_path, [*overrides, *parallel, f"run.dir={run_dir}"])
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        logs.append([{k: v for k, v in line.items() if not k.startswith("time")} for line in lines])
+    one, two = logs
+    assert len(one) == 2 and one[0].keys() >= {"generator/grad_norm", "fake_score/loss", "passes/teacher", "data/unit"}
+    assert two == [pytest.approx(line, rel=1e-4) for line in one]
 
 
 def test_bfloat16_ranks_agree_within_rounding(recipe_path: Path) -> None:
