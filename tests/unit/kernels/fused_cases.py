@@ -73,6 +73,10 @@ def _adaln_inputs(batch: int, length: int, width: int, rows: int) -> Callable[[t
     return lambda dtype: ((3 * _normal(batch, length, width) + 1).to(dtype), *_modulations(2, batch, rows, width))
 
 
+def _mixed_adaln_inputs(dtype: torch.dtype) -> Sequence[Tensor]:
+    return _normal(2, 5, 30).to(dtype), _normal(2, 5, 30), _normal(2, 1, 30)
+
+
 def _residual_inputs(batch: int, length: int, width: int, rows: int) -> Callable[[torch.dtype], Sequence[Tensor]]:
     x, y = _normal(2, batch, length, width)
     return lambda dtype: (x.to(dtype), y.to(dtype), _modulations(2, batch, rows, width)[1])
@@ -100,6 +104,7 @@ LOSS = (outer_loss, outer_loss_by_autograd)
 CASES = [
     Case("adaln: a row per sample", *ADALN, _adaln_inputs(2, 5, 30, 1), 3),
     Case("adaln: a row per token", *ADALN, _adaln_inputs(2, 5, 30, 5), 3),
+    Case("adaln: a scale per token, a shift per sample", *ADALN, _mixed_adaln_inputs, 3),
     Case("adaln: odd width", *ADALN, _adaln_inputs(3, 7, 257, 1), 3),
     Case("adaln: one token", *ADALN, _adaln_inputs(2, 1, 33, 1), 3),
     Case("residual: a row per sample", *RESIDUAL, _residual_inputs(2, 5, 30, 1), 3),

@@ -27,7 +27,9 @@ FLOATS = {"eps", "fisher_weight", "nr_weight"}
 @needs_triton
 def test_the_kernels_in_the_interpreter():
     """The variable must be set before triton is imported, and would change what other tests see."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
+    whole_network = HERE.parent / "models" / "test_wan_fused.py::test_a_fused_network_gives_diffusers_numbers"
+    tests = [str(HERE / "interpreted_kernels.py"), str(whole_network)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=HERE.parents[2], capture_output=True, text=True
     )

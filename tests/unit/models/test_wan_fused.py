@@ -43,17 +43,18 @@ def fused(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def forward_and_gradients(module: Any, timestep_shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output, gradient of the latents and of every parameter, in float32."""
+    """Output, gradient of the latents and of every parameter, in float32 on the CPU."""
+    device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(2, 4, 2, 4, 6, generator=generator).to(dtype).requires_grad_()
-    prompt_embeds = torch.randn(2, 5, 16, generator=generator).to(dtype)
-    timestep = 1000 * torch.rand(timestep_shape, generator=generator)
+    latents = torch.randn(2, 4, 2, 4, 6, generator=generator).to(device, dtype).requires_grad_()
+    prompt_embeds = torch.randn(2, 5, 16, generator=generator).to(device, dtype)
+    timestep = 1000 * torch.rand(timestep_shape, generator=generator).to(device)
     output = module(latents, timestep, prompt_embeds, return_dict=False)[0]
-    output.backward(torch.randn(output.shape, generator=generator).to(dtype))
+    output.backward(torch.randn(output.shape, generator=generator).to(device, dtype))
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
     found = {"output": output.detach(), "latents": latents.grad, **gradients}
-    return {name: tensor.float() for name, tensor in found.items()}
+    return {name: tensor.float().cpu() for name, tensor in found.items()}
 
 
 def distances(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
@@ -81,6 +82,16 @@ def test_in_bfloat16_a_fused_network_is_as_near_to_float32_as_diffusers(timestep
     ours = distances(forward_and_gradients(fused(half), timestep_shape, half), wanted)
     assert sum(ours.values()) < 1.1 * sum(theirs.values())
     assert ours["output"] < 1.5 * theirs["output"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_kernels_are_as_near_to_float32_as_diffusers(timestep_shape: tuple[int, ...]):
+    half = torch.bfloat16
+    wanted = forward_and_gradients(network(half).float(), timestep_shape, torch.float32)
+    theirs = distances(forward_and_gradients(network(half).cuda(), timestep_shape, half), wanted)
+    ours = distances(forward_and_gradients(fused(half).cuda(), timestep_shape, half), wanted)
+    assert sum(ours.values()) < 1.1 * sum(theirs.values())
 
 
 @pytest.fixture
