@@ -138,15 +138,15 @@ class SequenceAxis:
         group = self._group
         if group is None:
             return attention(q, k, v, backend=self._backend)
-        partition, heads = Partition(length, group.ring, group.ulysses), q.shape[2]
-        qkv = torch.stack([q, k, v])
+        heads = q.shape[2]
         if group.ulysses > 1:
-            qkv = to_heads(qkv, group.ulysses, group.ulysses_name)
+            q, k, v = to_heads(torch.stack([q, k, v]), group.ulysses, group.ulysses_name).unbind(0)
         if group.ring > 1:
-            out = ring_attention(qkv[0], qkv[1:], partition.chunk_lengths(), group.ring_name, self._backend)
+            lengths = Partition(length, group.ring, group.ulysses).chunk_lengths()
+            out = ring_attention(q, torch.stack([k, v]), lengths, group.ring_name, self._backend)
         else:
-            out = attention(*qkv[:, :, :length].unbind(0), backend=self._backend)
-            out = _fill_up(out, 1, qkv.shape[2])
+            out = attention(*(x.narrow(1, 0, length) for x in (q, k, v)), backend=self._backend)
+            out = _fill_up(out, 1, q.shape[1])
         return out if group.ulysses == 1 else to_tokens(out, heads, group.ulysses, group.ulysses_name)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

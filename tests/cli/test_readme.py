@@ -13,6 +13,10 @@ from PIL import Image
 
 TRAIN = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_sgmd.yaml"
 RESUME = f"{TRAIN} run.steps=120"
+SHARED = (
+    "torchrun --nproc-per-node=4 launch/train.py recipes/tiny_sgmd.yaml parallel.ulysses=2 parallel.ring=2 run.steps=10"
+    " run.dir=runs/tiny_shared"
+)
 TEACHER = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_teacher.yaml"
 
 # What makes a command short, or keeps it below {runs}.
@@ -20,6 +24,7 @@ SHORTER = {
     "make demo": 'DEMO={runs}/demo TRAIN_ARGS=run.steps=3 EVALUATE_ARGS="--repeats 1 --teacher-steps 2"',
     TRAIN: "run.dir={runs}/tiny_sgmd run.steps=20",
     RESUME: "run.dir={runs}/tiny_sgmd run.steps=40",
+    SHARED: "run.steps=2",
     TEACHER: "run.dir={runs}/tiny_teacher run.steps=2",
 }
 NOT_RUN = {

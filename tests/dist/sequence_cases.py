@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sgmd_dist.models.wan import Wan
+from sgmd_dist.parallel import sequence
 from sgmd_dist.parallel.apply import parallelize
 from sgmd_dist.parallel.load import fill
 from sgmd_dist.parallel.mesh import Mesh, build_mesh, process_group
@@ -157,6 +158,16 @@ def parallel(cases: list[Case]) -> list[Outcome]:
             del mesh, networks
             gc.collect()
         return outcomes
+
+
+def parallel_with_own_gradients(cases: list[Case]) -> list[Outcome]:
+    """`parallel` with a gather whose backward keeps what this rank has for its own tokens, and sums nothing."""
+
+    def own(x: Tensor, group: str) -> Tensor:
+        return x[dist.get_rank()] * x.shape[0]
+
+    sequence._reduce_scatter = own
+    return parallel(cases)
 
 
 def parallel_network(case: Case, mesh: Mesh, number: int = 0) -> nn.Module:

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from ranks import run_ranks
-from sequence_cases import BATCH, HEAD_SIZE, Case, Outcome, communication, parallel, plain
+from sequence_cases import BATCH, HEAD_SIZE, Case, Outcome, communication, parallel, parallel_with_own_gradients, plain
 from torch import Tensor
 
 from sgmd_dist.parallel.mesh import SequenceGroup, build_mesh, process_group
@@ -82,6 +82,16 @@ def largest(found: Tensor, expected: Tensor) -> float:
 def test_ranks_equal_one_process(name: str) -> None:
     case = CASES[name]
     check(case, outcomes(case.world_size)[case])
+
+
+def test_a_gather_that_does_not_sum_shows_where_networks_are_chained() -> None:
+    """One network alone does not tell: all ranks have the same loss of the gathered output."""
+    cases = [Case(ulysses=2), Case(ulysses=2, chained=True)]
+    alone, chained = run_ranks(2, parallel_with_own_gradients, cases)[0]
+    for case, outcome, fails in ((cases[0], alone, False), (cases[1], chained, True)):
+        expected = plain(case)[0].weight_gradients
+        worst = max(largest(outcome.weight_gradients[name], gradient) for name, gradient in expected.items())
+        assert (worst > 1000 * TOLERANCE) == fails, worst
 
 
 def test_compiled_blocks_equal_one_process() -> None:
