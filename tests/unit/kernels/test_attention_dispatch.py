@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -243,3 +245,42 @@ def test_the_memory_efficient_backward_gets_rows_of_infinite_lse_up_to_its_align
 
 def test_the_table_in_the_docstring_names_every_backend() -> None:
     assert all(f"| `{name}`" in module.__doc__ for name in _attention_table.BACKENDS)
+
+
+# The packages' own sources, where they are installed. They are read, not imported: that takes a GPU.
+
+SIGNATURES = {
+    "flash_attn/flash_attn_interface.py": {
+        "_flash_attn_forward": (
+            "q k v dropout_p softmax_scale causal window_size_left window_size_right softcap alibi_slopes"
+            " return_softmax",
+            "",
+        ),
+        "_flash_attn_backward": (
+            "dout q k v out softmax_lse dq dk dv dropout_p softmax_scale causal window_size_left window_size_right"
+            " softcap alibi_slopes deterministic rng_state",
+            "",
+        ),
+    },
+    "flash_attn_interface.py": {
+        "_flash_attn_forward": ("q k v", "softmax_scale causal"),
+        "_flash_attn_backward": ("dout q k v out softmax_lse", "deterministic"),
+    },
+    "flash_attn/cute/interface.py": {
+        "_flash_attn_fwd": ("q k v", "softmax_scale return_lse"),
+        "_flash_attn_bwd": ("q k v out dout lse", "softmax_scale deterministic"),
+    },
+}
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_an_installed_package_has_the_signatures_that_are_called(path: str) -> None:
+    """`positional` parameters come first and in this order, `named` ones are somewhere after them."""
+    found = next((file for folder in sys.path if (file := Path(folder) / path).is_file()), None)
+    if found is None:
+        pytest.skip(f"{path} is not installed")
+    functions = {node.name: node for node in ast.parse(found.read_text()).body if isinstance(node, ast.FunctionDef)}
+    for name, (positional, named) in SIGNATURES[path].items():
+        parameters = [argument.arg for argument in functions[name].args.args]
+        assert parameters[: len(positional.split())] == positional.split(), name
+        assert set(named.split()) <= set(parameters[len(positional.split()) :]), name
