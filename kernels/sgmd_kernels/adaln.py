@@ -133,7 +133,8 @@ def _kernels() -> SimpleNamespace:
     """The kernels, one row `[D]` at a time.
 
     They are compiled within a function because triton may be missing, and call no function of their own because its
-    interpreter does not see enclosing scopes.
+    interpreter does not see enclosing scopes. Loops are `while` because triton 3.6's interpreter cannot run `for` over
+    numbers that numpy 2.4 holds.
     """
     import triton  # pyright: ignore[reportMissingImports]
     import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -166,8 +167,8 @@ def _kernels() -> SimpleNamespace:
         inside = column < width
         dscale_sum = tl.zeros([BLOCK], dtype=tl.float32)
         dshift_sum = tl.zeros([BLOCK], dtype=tl.float32)
-        for index in range(tl.program_id(0), length, programs):
-            token = tl.cast(index, tl.int64)
+        token = tl.program_id(0).to(tl.int64)
+        while token < length:
             row = tl.load(x + sample * x_batch + token * x_token + column, mask=inside, other=0.0).to(tl.float32)
             dy = tl.load(grad + sample * grad_batch + token * grad_token + column, mask=inside, other=0.0)
             dy = dy.to(tl.float32)
@@ -180,6 +181,7 @@ def _kernels() -> SimpleNamespace:
             tl.store(dx + (sample * length + token) * width + column, out.to(dx.dtype.element_ty), mask=inside)
             dscale_sum += dy * normed
             dshift_sum += dy
+            token += programs
         if MODULATION_GRADS:
             # Where each token has its own modulation there is one program per token, and the sum is its gradient.
             place = (sample * programs + tl.program_id(0)) * width + column

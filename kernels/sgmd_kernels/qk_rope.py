@@ -179,8 +179,8 @@ def _kernels() -> SimpleNamespace:
         angle = pair % HALF_HEAD
         weight_row = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         weight_sum = tl.zeros([BLOCK], dtype=tl.float32)
-        for index in range(tl.program_id(0), length, programs):
-            token = tl.cast(index, tl.int64)
+        token = tl.program_id(0).to(tl.int64)
+        while token < length:
             row = tl.load(x + sample * x_batch + token * x_token + column, mask=inside, other=0.0).to(tl.float32)
             dy = tl.load(grad + sample * grad_batch + token * grad_token + column, mask=inside, other=0.0)
             c = tl.load(cos + token * cos_token + angle * cos_pair, mask=2 * pair < width, other=0.0).to(tl.float32)
@@ -193,6 +193,7 @@ def _kernels() -> SimpleNamespace:
             out = rstd * (g - normed * (tl.sum(g * normed, axis=0) / width))
             tl.store(dx + (sample * length + token) * width + column, out.to(dx.dtype.element_ty), mask=inside)
             weight_sum += dz * normed
+            token += programs
         if WEIGHT_GRAD:
             place = (sample * programs + tl.program_id(0)) * width + column
             tl.store(partial + place, weight_sum, mask=inside)

@@ -143,8 +143,8 @@ def _kernels() -> SimpleNamespace:
         column = tl.arange(0, BLOCK)
         inside = column < width
         dgate_sum = tl.zeros([BLOCK], dtype=tl.float32)
-        for index in range(tl.program_id(0), length, programs):
-            token = tl.cast(index, tl.int64)
+        token = tl.program_id(0).to(tl.int64)
+        while token < length:
             dout = tl.load(grad + sample * grad_batch + token * grad_token + column, mask=inside, other=0.0)
             dout = dout.to(tl.float32)
             gate_row = tl.load(gate + sample * gate_batch + token * gate_token + column, mask=inside, other=0.0)
@@ -153,6 +153,7 @@ def _kernels() -> SimpleNamespace:
             if GATE_GRAD:
                 y_row = tl.load(y + sample * y_batch + token * y_token + column, mask=inside, other=0.0)
                 dgate_sum += dout * y_row.to(tl.float32)
+            token += programs
         if GATE_GRAD:
             place = (sample * programs + tl.program_id(0)) * width + column
             tl.store(dgate + place, dgate_sum.to(dgate.dtype.element_ty), mask=inside)
