@@ -228,6 +228,16 @@ def test_packages_are_called_by_their_signatures(install, monkeypatch, name, mod
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["flash", "cudnn", "efficient"])
+def test_torchs_cuda_operators_take_these_arguments(name: str) -> None:
+    """On the meta device: schemas and shapes without a GPU."""
+    q, k, v, grad = (torch.empty(2, n, 3, 64, dtype=BF16, device="meta") for n in (33, 17, 17, 33))
+    backend = _attention_table.BACKENDS[name]
+    out, lse = backend.forward(q, k, v)
+    assert out.shape == q.shape and (lse.shape, lse.dtype) == ((2, 3, 33), F32)
+    assert [g.shape for g in backend.backward(grad, q, k, v, out, lse)] == [q.shape, k.shape, v.shape]
+
+
 def test_the_memory_efficient_backward_gets_rows_of_infinite_lse_up_to_its_alignment(monkeypatch) -> None:
     seen = {}
 
