@@ -211,7 +211,8 @@ class ParallelSection(Section):
     `ulysses` x `ring` ranks share each sequence: ulysses ranks part the heads, ring ranks pass keys round.
     `activation_checkpointing: block` recomputes each block in the backward pass. `compile` compiles each block.
     `attention` is a backend of sgmd_kernels.attention; `auto` takes the fastest that is there.
-    `kernels: auto` runs the fused operations of sgmd_kernels on CUDA devices where triton is installed.
+    `kernels: auto` runs the fused operations of sgmd_kernels on CUDA devices where triton is installed; `off` is the
+    default until `launch/bench.py kernels` has shown on a GPU that they beat torch.compile.
     """
 
     dp_replicate: int = Field(default=1, ge=1)
@@ -221,7 +222,7 @@ class ParallelSection(Section):
     activation_checkpointing: Literal["none", "block"] = "block"
     compile: bool = False
     attention: AttentionBackend = "auto"
-    kernels: Literal["auto", "off"] = "auto"
+    kernels: Literal["auto", "off"] = "off"
 
     @field_validator("dp_shard")
     @classmethod

@@ -50,7 +50,7 @@ def test_a_sharded_network_has_the_same_loss_and_gradients_with_fused_operations
     monkeypatch.setattr(_wan_fused, "adaln", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     plain = loss_and_gradients(tiny_recipe("parallel.kernels=off", *overrides), mesh)
     assert not calls
-    fused = loss_and_gradients(tiny_recipe(*overrides), mesh)
+    fused = loss_and_gradients(tiny_recipe("parallel.kernels=auto", *overrides), mesh)
     assert calls
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-7)
 
@@ -58,7 +58,9 @@ def test_a_sharded_network_has_the_same_loss_and_gradients_with_fused_operations
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device")
 def test_on_a_cpu_blocks_are_diffusers_own(tiny_recipe: MakeRecipe, mesh: Mesh, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_wan_fused, "fuse", lambda module: pytest.fail("fused on a CPU"))
-    build_networks(tiny_recipe("parallel.activation_checkpointing=none"), mesh, {"teacher": False})
+    build_networks(
+        tiny_recipe("parallel.kernels=auto", "parallel.activation_checkpointing=none"), mesh, {"teacher": False}
+    )
 
 
 @pytest.mark.parametrize("spelling", ["off", "'off'", "false"])
