@@ -7,9 +7,11 @@ import torch
 from sgmd_dist import resume
 from sgmd_dist.assemble import build_model, build_objective
 from sgmd_dist.data.sources import check_sources, latent_shape_of
+from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.parallel.sequence import Partition, Traffic, traffic
 from sgmd_dist.recipe import Layout, Recipe
+from sgmd_kernels.attention import AUTO, unfit_everywhere
 
 GIB = 2**30
 MIB = 2**20
@@ -25,6 +27,7 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
     models = {role: build_model(recipe, role) for role in objective.roles}
     check_sources(recipe, models["generator"], objective.needs_latents)
     resume.decide(recipe)
+    _check_attention(recipe, models["generator"])
     lines = [
         f"recipe      {recipe.run.name}: {recipe.objective.name} on {recipe.model.family}, {recipe.run.steps} steps",
         f"ranks       {layout.world_size} = dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard}"
@@ -43,6 +46,17 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
         state = "trained" if trained else "frozen"
         lines.append(f"{role:<11} {num_parameters / 1e9:.4f} B parameters, {state}, {size / GIB:.3f} GiB per rank")
     return lines
+
+
+def _check_attention(recipe: Recipe, model: VideoModel) -> None:
+    """Refuse a backend that no device could run; whether this run's devices have it, only they can tell."""
+    backend, head_size = recipe.parallel.attention, model.attention_shape().head_size
+    reason = None if backend == AUTO else unfit_everywhere(backend, model.compute_dtype, head_size)
+    if reason is not None:
+        raise UserError(
+            f"parallel.attention = {backend}: {reason}; this model has model.compute_dtype ="
+            f" {recipe.model.compute_dtype} and head size {head_size}; choose another backend, or auto"
+        )
 
 
 def _sequence_lines(recipe: Recipe, layout: Layout, model: VideoModel) -> list[str]:
@@ -65,14 +79,16 @@ def _sequence_lines(recipe: Recipe, layout: Layout, model: VideoModel) -> list[s
             item_bytes=2 if recipe.model.compute_dtype == "bfloat16" else 4,
         )
         lines.append(
-            f"exchange    sent by a rank in each of {shape.num_blocks} blocks: forward {_sent(forward)}, backward"
-            f" {_sent(backward)}"
+            f"exchange    sent by a rank in each of {shape.num_blocks} blocks for a micro-batch: forward"
+            f" {_sent(forward)}, backward {_sent(backward)}; batched guidance doubles the teacher's"
         )
     return lines
 
 
 def _sent(sent: Traffic) -> str:
-    calls = [f"{sent.all_to_alls} all-to-alls"] * (sent.all_to_alls > 0) + [f"{sent.hops} hops"] * (sent.hops > 0)
+    calls = [f"{sent.all_to_alls} all-to-alls"] * (sent.all_to_alls > 0) + [
+        f"{sent.hops} hop{'s' * (sent.hops > 1)}"
+    ] * (sent.hops > 0)
     return f"{sent.sent_bytes / MIB:.3f} MiB ({', '.join(calls)})"
 
 

@@ -308,8 +308,9 @@ class Recipe(Section):
         product = f"dp_replicate {axes.dp_replicate} x ring {axes.ring} x ulysses {axes.ulysses}"
         if axes.dp_shard == -1:
             if world_size < 1 or world_size % others:
+                name = next((n for n in ("ulysses", "ring") if getattr(axes, n) > 1), "dp_replicate")
                 raise UserError(
-                    f"parallel.dp_replicate = {axes.dp_replicate}: {world_size} ranks are not a multiple of {product}"
+                    f"parallel.{name} = {getattr(axes, name)}: {world_size} ranks are not a multiple of {product}"
                     f" = {others}; start a multiple of {others} ranks or change these axes"
                 )
             return world_size // others

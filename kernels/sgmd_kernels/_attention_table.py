@@ -11,6 +11,7 @@ from torch import Tensor
 from sgmd_kernels import _attention_flash, _attention_math, _attention_sdpa
 
 ONE_TOKEN = "takes no sequence of one token"
+_NO_CUDNN = "torch has no cuDNN"
 _NEWEST = 99
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -75,7 +76,7 @@ def _unfit_fa2(problem: Problem) -> str | None:
 def _unfit_cudnn(problem: Problem) -> str | None:
     reason = _half_on_cuda(problem, lowest=8, highest=_NEWEST, largest_head=128)
     if reason is None and not torch.backends.cudnn.is_available():
-        return "torch has no cuDNN"
+        return _NO_CUDNN
     return reason or (ONE_TOKEN if problem.has_one_token else None)
 
 
@@ -124,3 +125,13 @@ BACKENDS: dict[str, Backend] = {
     "math": Backend(_attention_math.forward, _attention_math.backward, _unfit_math),
 }
 ORDER = tuple(BACKENDS)
+
+_DEVICES = (("cpu", None), *(("cuda", (major, 0)) for major in (8, 9, 10, 12)))
+
+
+def unfit_everywhere(name: str, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why no device at all lets the backend `name` train with this dtype and head size; None where one does."""
+    reasons = [BACKENDS[name].unfit(Problem(kind, arch, dtype, head_size, True)) for kind, arch in _DEVICES]
+    if any(reason in (None, _NO_CUDNN) for reason in reasons):
+        return None
+    return reasons[2]  # of sm90, which every backend knows: no device is missing there

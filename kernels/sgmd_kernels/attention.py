@@ -5,8 +5,8 @@ ring attention, which joins several chunks of keys by their log-sum-exp (LSE).
 
 | backend        | what                              | device           | dtypes                | head size            |
 |----------------|-----------------------------------|------------------|-----------------------|----------------------|
-| `flash_attn_4` | flash-attn-4 (CuTe)               | sm90, sm100      | fp16, bf16            | 8n to 128            |
 | `flash_attn_3` | `flash_attn_interface`            | sm90             | fp16, bf16            | 8n to 256            |
+| `flash_attn_4` | flash-attn-4 (CuTe)               | sm90 to sm110    | fp16, bf16            | 8n to 128            |
 | `cudnn`        | SDPA's cuDNN                      | sm80 and later   | fp16, bf16            | 8n to 128            |
 | `flash_attn_2` | flash-attn 2.7 and later          | sm80 and later   | fp16, bf16            | 8n to 256            |
 | `flash`        | SDPA's FlashAttention             | sm80+, CPU       | fp16, bf16; CPU: any  | 8n to 256; CPU: any  |
@@ -29,7 +29,18 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from sgmd_kernels._attention_table import BACKENDS, ONE_TOKEN, ORDER, Backend, Problem
+from sgmd_kernels._attention_table import BACKENDS, ONE_TOKEN, ORDER, Backend, Problem, unfit_everywhere
+
+__all__ = [
+    "AUTO",
+    "ORDER",
+    "Choice",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "choose",
+    "unfit_everywhere",
+]
 
 AUTO = "auto"
 _log = logging.getLogger(__name__)
@@ -70,7 +81,7 @@ def attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, backend: str = AUTO, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q kᵀ / sqrt(D)) v for each head, differentiable in q, k and v.
+    """softmax(q kᵀ / sqrt(D)) v for each head, differentiable (once) in q, k and v.
 
     Args:
         q: `[B, L, H, D]`.
@@ -190,12 +201,13 @@ def _resolve(backend: str, problem: Problem) -> Choice:
 
 
 def _cannot(backend: str, reason: str, problem: Problem) -> str:
-    installed = [name for name in ORDER if _reason_missing(name) is None]
+    complete = [name for name in ORDER if _reason_missing(name) is None]
     others = [(name, _reason_against(name, problem)) for name in ORDER if name != backend]
     fit = [name for name, why in others if why is None]
     unfit = "; ".join(f"{name}: {why}" for name, why in others if why is not None)
     return (
-        f"attention backend {backend!r} cannot run on {problem}: {reason}. Installed: {', '.join(installed)}."
+        f"attention backend {backend!r} cannot run on {problem}: {reason}."
+        f" No package is missing for: {', '.join(complete)}."
         f" Would run: {', '.join(fit)}. Would not: {unfit or 'none'}. Choose one that runs, or auto"
     )
 
@@ -224,5 +236,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected [B, L, H, D] and twice"
             " [B, K, H, D]"
         )
+    if 0 in (q.shape[1], k.shape[1]):
+        raise ValueError(f"attention: {q.shape[1]} queries and {k.shape[1]} keys: expected at least one of each")
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"attention: q is {q.dtype}: expected a float dtype")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}: expected one dtype")

@@ -43,6 +43,7 @@ def test_the_plan_explains_the_layout_of_a_sequence(local_wan: Path) -> None:
         ("recipes/tiny_sgmd.yaml data.shards=world:moving_shape", "world:moving_shapes"),
         ("recipes/tiny_sgmd.yaml data.shards=/nowhere", "/nowhere"),
         ("recipes/tiny_sgmd.yaml model.pretrained=recipes", "transformer"),
+        ("recipes/tiny_sgmd.yaml parallel.attention=cudnn", "parallel.attention = cudnn: needs float16 or bfloat16"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_anything_starts(arguments: str, message: str) -> None:

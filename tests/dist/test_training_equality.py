@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from ranks import run_ranks
 from reference import Reference
 from running import State, max_difference, parameter_difference, train
 
+from sgmd_dist.batch import Batch
+from sgmd_dist.data.stream import Stream
 from sgmd_dist.objectives.base import Phase, StepState
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.trainer import Trainer
@@ -101,6 +104,35 @@ def test_ranks_that_share_sequences_log_what_one_process_logs(recipe_path: Path)
     one, two = logs
     assert len(one) == 2 and one[0].keys() >= {"generator/grad_norm", "fake_score/loss", "passes/teacher", "data/unit"}
     assert two == [pytest.approx(line, rel=1e-4) for line in one]
+
+
+class SkippingTrainer(Trainer):
+    """Meets an unreadable sample, the first of each micro-batch, on its last rank alone."""
+
+    def _open_stream(self) -> Stream:
+        stream = super()._open_stream()
+        read = stream.next
+
+        def next_batch() -> Batch:
+            batch = read()
+            if self.mesh.rank < self.mesh.layout.world_size - 1:
+                return batch
+            return replace(batch, valid=batch.valid & (torch.arange(batch.size) > 0))
+
+        stream.next = next_batch
+        return stream
+
+
+def train_skipping(recipe_path: Path, overrides: list[str]) -> State:
+    return train(recipe_path, overrides, SkippingTrainer)
+
+
+def test_a_sample_that_one_rank_of_a_sequence_cannot_read_weighs_nothing_on_all(recipe_path: Path) -> None:
+    overrides = ["data.global_batch_size=4", "data.micro_batch_size=2", "run.steps=2"]
+    one = run_ranks(1, train_skipping, recipe_path, [*overrides, f"run.dir={recipe_path.parent}/one"])[0]
+    two = run_ranks(2, train_skipping, recipe_path, [*overrides, "parallel.ring=2"])[0]
+    whole = run_ranks(1, train, recipe_path, [*overrides, f"run.dir={recipe_path.parent}/whole"])[0]
+    assert parameter_difference(two, one) < TOLERANCE < parameter_difference(whole, one)
 
 
 def test_bfloat16_ranks_agree_within_rounding(recipe_path: Path) -> None:

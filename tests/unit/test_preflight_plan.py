@@ -41,12 +41,16 @@ def test_the_plan_explains_how_a_video_lies_on_the_ranks(tiny_recipe: MakeRecipe
     assert "exchange" not in plan(tiny_recipe())
     whole = plan(tiny_recipe())["tokens"]
     assert whole.endswith("288 per rank on 1, padding 0.00%; 2 heads: 2 per rank on 1, padding 0.00%")
-    found = plan(tiny_recipe("parallel.ulysses=5"), world_size=5)
-    assert found["tokens"].endswith(": 58 per rank on 5, padding 0.69%; 2 heads: 1 per rank on 5, padding 60.00%")
-    numbers = 2 * 58 * 5 * 12  # batch, run, padded heads, head size
-    each_way = 4 * numbers * 4 / 5 * 4 / preflight.MIB
-    line = f"{each_way:.3f} MiB (2 all-to-alls)"
-    assert found["exchange"] == f"sent by a rank in each of 1 blocks: forward {line}, backward {line}"
+    for dtype, item_bytes in (("float32", 4), ("bfloat16", 2)):
+        seven = ("data.global_batch_size=14", f"model.compute_dtype={dtype}", "parallel.ulysses=7")
+        found = plan(tiny_recipe(*seven), world_size=7)
+        assert found["tokens"].endswith(": 42 per rank on 7, padding 2.04%; 2 heads: 1 per rank on 7, padding 71.43%")
+        numbers = 2 * 42 * 7 * 12  # batch, run, padded heads, head size
+        each_way = 4 * numbers * 6 / 7 * item_bytes / preflight.MIB
+        line = f"{each_way:.3f} MiB (2 all-to-alls)"
+        assert found["exchange"].startswith(
+            f"sent by a rank in each of 1 blocks for a micro-batch: forward {line}, backward {line};"
+        )
     hybrid = plan(tiny_recipe("parallel.ulysses=2", "parallel.ring=3"), world_size=6)
     assert "(2 all-to-alls, 2 hops)" in hybrid["exchange"] and "(2 all-to-alls, 5 hops)" in hybrid["exchange"]
 

@@ -13,7 +13,15 @@ import torch
 
 from sgmd_kernels import _attention_math, _attention_sdpa, _attention_table
 from sgmd_kernels import attention as module
-from sgmd_kernels.attention import ORDER, Problem, attention_backward, attention_forward, choose
+from sgmd_kernels.attention import (
+    ORDER,
+    Problem,
+    attention,
+    attention_backward,
+    attention_forward,
+    choose,
+    unfit_everywhere,
+)
 
 FA2, FA3, FA4 = "flash_attn.flash_attn_interface", "flash_attn_interface", "flash_attn.cute.interface"
 A100, L4, H100, B200, RTX5090 = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
@@ -115,7 +123,7 @@ def test_an_impossible_force_says_what_is_installed_and_why_each_other_is_passed
         choose("flash_attn_3", torch.device("cpu"), F32, 64)
     message = str(raised.value)
     assert "cannot run on cpu, float32, head size 64, forward and backward: needs a CUDA device" in message
-    assert "Installed: cudnn, flash_attn_2, flash, efficient, math." in message
+    assert "No package is missing for: cudnn, flash_attn_2, flash, efficient, math." in message
     assert "Would run: flash, math." in message
     for other in ("flash_attn_4", "cudnn", "flash_attn_2", "efficient"):
         assert f"{other}: needs a CUDA device" in message
@@ -294,3 +302,34 @@ def test_an_installed_package_has_the_signatures_that_are_called(path: str) -> N
         parameters = [argument.arg for argument in functions[name].args.args]
         assert parameters[: len(positional.split())] == positional.split(), name
         assert set(named.split()) <= set(parameters[len(positional.split()) :]), name
+
+
+@pytest.mark.parametrize(
+    "name, dtype, head_size, reason",
+    [
+        ("cudnn", torch.float32, 64, "needs float16 or bfloat16"),
+        ("flash_attn_3", torch.bfloat16, 20, "needs a head size that is a multiple of 8 up to 256"),
+        ("efficient", torch.bfloat16, 12, "needs a head size that is a multiple of 8"),
+        ("cudnn", torch.bfloat16, 128, None),
+        ("flash_attn_4", torch.bfloat16, 128, None),
+        ("flash", torch.float32, 20, None),
+        ("math", torch.float64, 7, None),
+    ],
+)
+def test_what_no_device_could_run_is_known_without_one(
+    name: str, dtype: torch.dtype, head_size: int, reason: str | None
+) -> None:
+    assert unfit_everywhere(name, dtype, head_size) == reason
+
+
+@pytest.mark.parametrize("queries, keys", [(0, 3), (3, 0)])
+def test_empty_sequences_are_refused(queries: int, keys: int) -> None:
+    q, k = torch.zeros(1, queries, 2, 8), torch.zeros(1, keys, 2, 8)
+    with pytest.raises(ValueError, match="expected at least one of each"):
+        attention(q, k, k)
+
+
+def test_integers_are_refused() -> None:
+    x = torch.zeros(1, 3, 2, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="expected a float dtype"):
+        attention(x, x, x)
