@@ -31,7 +31,7 @@ def test_the_plan_explains_the_layout_of_a_sequence(local_wan: Path) -> None:
     assert done.code == 0, done.output
     assert "tokens      32760 of latents 16x21x60x104: 2048 per rank on 16, padding 0.02%" in done.output
     assert "2 heads: 1 per rank on 8, padding 75.00%" in done.output
-    assert "exchange    sent by a rank in each of 1 blocks: forward" in done.output
+    assert "exchange    sent by a rank in each of 1 blocks for a micro-batch: forward" in done.output
 
 
 @pytest.mark.parametrize(
