@@ -40,6 +40,7 @@ __all__ = [
     "attention_forward",
     "choose",
     "unfit_everywhere",
+    "unfit_here",
 ]
 
 AUTO = "auto"
@@ -68,6 +69,11 @@ def choose(
             installed and why each other one would not do either.
     """
     return _resolve(backend, _problem(device, dtype, head_size, needs_backward, False))
+
+
+def unfit_here(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why `backend` cannot run such inputs forward and backward on this device; None where it can."""
+    return _reason_against(backend, _problem(device, dtype, head_size, True, False))
 
 
 @overload

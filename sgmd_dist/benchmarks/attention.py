@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sgmd_dist.benchmarks.measure import Ceilings, largest_error, median_ms, output_and_gradients
 from sgmd_dist.benchmarks.report import Report, Row
 from sgmd_dist.benchmarks.shapes import Shapes
-from sgmd_kernels.attention import ORDER, attention, choose
+from sgmd_kernels.attention import ORDER, attention, unfit_here
 
 _CHECKED_TOKENS = 1024  # float64 holds the whole matrix of scores: its errors are measured on a part of the video
 # Kernels round the probabilities to half precision before they multiply values, which a single rounding cannot tell.
@@ -89,13 +89,8 @@ def _variants(
 ) -> Iterator[tuple[str, Callable[..., Tensor] | None, str]]:
     """(name, function, ""), or (name, None, reason) for a backend that cannot run."""
     for name in ORDER:
-        try:
-            choose(name, device, dtype, problem.head_size)
-        except ValueError as error:
-            # "attention backend NAME cannot run on PROBLEM: REASON. Installed: ..."
-            yield name, None, str(error).partition(". Installed")[0].partition(": ")[2]
-        else:
-            yield name, partial(attention, backend=name), ""
+        reason = unfit_here(name, device, dtype, problem.head_size)
+        yield name, None if reason else partial(attention, backend=name), reason or ""
     yield "eager", _torch_s_own, ""
     if timed:
         torch.compiler.reset()
