@@ -81,27 +81,28 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
         return source
     encoder_folder = _text_encoder_folder(recipe)
     if source.startswith(WORLD):
-        world = _world(source)
+        world, dtype = _world(source), torch.float32
         facts = [source, WORLD_SAMPLES, WORLD_SEED, repr(world)]
+
+        def write(to: Path, encoder: TextEncoder) -> None:
+            write_world_shards(to, world, encoder, num_samples=WORLD_SAMPLES, seed=WORLD_SEED)
     else:
-        captions = captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
+        captions, dtype = captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'"), torch.bfloat16
         shape = _video_shape(recipe, model)
         facts = [source, captions, shape]
+
+        def write(to: Path, encoder: TextEncoder) -> None:
+            write_prompt_shards(to, captions, encoder, shape)
+
     digest = hashlib.sha256(json.dumps([*facts, str(encoder_folder.resolve())]).encode()).hexdigest()[:12]
     folder = Path(recipe.run.dir) / "cache" / f"{source.partition(':')[0]}-{digest}"
     if (folder / "index.json").exists():
         return folder
-    encoder = TextEncoder.from_pretrained(
-        encoder_folder, torch.bfloat16 if source.startswith(PROMPTS) else torch.float32
-    )
+    encoder = TextEncoder.from_pretrained(encoder_folder, dtype)
     aside = folder.with_name(f"{folder.name}.tmp")  # an interrupted attempt leaves it: begin anew
     if aside.exists():
         shutil.rmtree(aside)
-    if source.startswith(WORLD):
-        write_world_shards(aside, _world(source), encoder, num_samples=WORLD_SAMPLES, seed=WORLD_SEED)
-    else:
-        captions = captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
-        write_prompt_shards(aside, captions, encoder, _video_shape(recipe, model))
+    write(aside, encoder)
     if folder.exists():
         shutil.rmtree(folder)
     return aside.rename(folder)
