@@ -54,14 +54,27 @@ def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dic
             module = nn.Module.to(model.build(), dtype)  # diffusers' own `to` warns of what loading decides anyway
         parallelize(module, model, recipe.parallel, mesh=mesh, compute_dtype=compute_dtype)
         model.reset_buffers(module)
-        files = model.weight_files()
-        if files:
-            count = load_safetensors(module, files)
-        else:
-            count = fill(module, lambda key, shape, m=model: m.initial_value(key, shape, recipe.run.seed))
-        logger.info("{}: {} tensors from {}", name, count, files[0].parent if files else "random weights")
+        _fill_with_weights(name, module, model, recipe.run.seed)
         networks[name] = (module, model)
     return networks
+
+
+def _fill_with_weights(name: str, module: nn.Module, model: VideoModel, seed: int) -> None:
+    files = model.weight_files()
+    if not files:
+        count = fill(module, lambda key, shape: model.initial_value(key, shape, seed))
+        logger.info("{}: {} tensors of random weights", name, count)
+        return
+    found = load_safetensors(dict(module.named_parameters()), files)
+    folders = ", ".join(dict.fromkeys(str(path.parent) for paths in files.values() for path in paths))
+    logger.info(
+        "{}: {} tensors from {}, {:.3f} GB, checksum {:016x}",
+        name,
+        found.num_tensors,
+        folders,
+        found.num_bytes / 1e9,
+        found.checksum % 2**64,
+    )
 
 
 def model_of_checkpoint(path: Path, role: str = "generator") -> tuple[Recipe, VideoModel]:
@@ -100,7 +113,7 @@ def load_network(
     if weights is not None:
         module.load_state_dict(weights)
     elif files := model.weight_files():
-        load_safetensors(module, files)
+        load_safetensors(dict(module.named_parameters()), files)
     else:
         fill(module, lambda name, shape: model.initial_value(name, shape, seed))
     module.requires_grad_(False).eval()

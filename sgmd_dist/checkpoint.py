@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
 
 from sgmd_dist import __version__
+from sgmd_dist.checksum import sum_of_bits, wrap
 from sgmd_dist.durable import sync_folder, write_durably
 from sgmd_dist.errors import UserError
 from sgmd_dist.roles import Role, Roles
@@ -94,7 +95,7 @@ def training_state(roles: Roles) -> Tree:
     """Every tensor that a resumed run needs, by tree and name; views of the live ones, so loading fills them."""
     tree: Tree = {}
     for role in roles.trained:
-        tree[role.name] = {name: p.detach() for name, p in role.module.named_parameters()}
+        tree[role.name] = {name: p.detach() for name, p in role.parameters.items()}
         tree[f"{role.name}.optimizer"] = _optimizer_tensors(role)
         if role.ema is not None:
             tree[f"{role.name}.ema"] = role.ema.shadow
@@ -105,7 +106,7 @@ def _optimizer_tensors(role: Role) -> dict[str, Tensor]:
     """AdamW's step and moments per parameter; an optimizer that never stepped gets the zeros it would start with."""
     assert role.optimizer is not None
     tensors: dict[str, Tensor] = {}
-    for name, parameter in role.module.named_parameters():
+    for name, parameter in role.parameters.items():
         state = role.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -207,7 +208,7 @@ def checksums(tree: Tree) -> dict[str, int]:
 
 
 def _bits(tree: Tree) -> dict[str, int]:
-    return {name: _wrap(sum(_tensor_bits(tensor) for tensor in part.values())) for name, part in tree.items()}
+    return {name: wrap(sum(_tensor_bits(tensor) for tensor in part.values())) for name, part in tree.items()}
 
 
 def _tensor_bits(tensor: Tensor) -> int:
@@ -217,10 +218,7 @@ def _tensor_bits(tensor: Tensor) -> int:
         tensor = tensor.to_local()
     elif dist.is_initialized() and dist.get_rank() != 0:
         return 0  # replicated: counted once
-    if tensor.numel() == 0:
-        return 0
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(integer).sum(dtype=torch.int64))
+    return sum_of_bits(tensor)
 
 
 def _owns(tensor: DTensor) -> bool:
@@ -233,10 +231,6 @@ def _owns(tensor: DTensor) -> bool:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _wrap(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
 
 
 def _fill(tree: Tree, checkpoint: Path, *, no_dist: bool = False) -> None:

@@ -19,16 +19,15 @@ WARM_UP_TOKENS = 1
 
 
 class Ema:
-    """Exponential moving average of a network's parameters, sharded as they are."""
+    """Exponential moving average of a role's parameters, sharded as they are."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.shadow: dict[str, Tensor] = {name: p.detach().clone() for name, p in module.named_parameters()}
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.shadow: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, decay: float) -> None:
-        """shadow <- decay shadow + (1 - decay) parameters."""
-        parameters = [p.detach() for p in module.parameters()]
-        torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - decay)
+    def update(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        """shadow <- decay shadow + (1 - decay) parameters, which are those that the shadow was made of."""
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in parameters.values()], 1 - decay)
 
 
 class Role:
@@ -59,6 +58,11 @@ class Role:
         return 1 + backward + int(backward > 0 and self._recomputes)
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that training this role changes, by their names in the module."""
+        return dict(self.module.named_parameters())
+
+    @property
     def is_training(self) -> bool:
         """True while this role's weights take gradients."""
         return next(self.module.parameters()).requires_grad
@@ -67,7 +71,7 @@ class Role:
         """Make the role trainable with AdamW on its (sharded) parameters."""
         self._lr = section
         self.optimizer = torch.optim.AdamW(
-            self.module.parameters(),
+            self.parameters.values(),
             lr=section.lr.at(0),
             betas=section.betas,
             weight_decay=section.weight_decay,
@@ -92,7 +96,7 @@ class Role:
         A `max_grad_norm` of 0 means no clipping.
         """
         assert self.optimizer is not None and self._lr is not None, f"{self.name} is frozen"
-        norm = clip_grad_norm_(self.module.parameters(), max_grad_norm or math.inf)
+        norm = clip_grad_norm_(self.parameters.values(), max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr.lr.at(step) * lr_factor
         self.optimizer.step()
@@ -152,7 +156,7 @@ class Roles(Mapping[str, Role]):
         norm = role.step(step, self._optim.max_grad_norm.at(step), factor)
         if role.ema is not None:
             ema = self._optim.ema
-            role.ema.update(role.module, ema.decay.at(step) if step >= ema.start_step else 0.0)
+            role.ema.update(role.parameters, ema.decay.at(step) if step >= ema.start_step else 0.0)
         return norm
 
     def take_passes(self) -> dict[str, float]:
@@ -193,6 +197,6 @@ def build_roles(
         role = Role(name, module, model, recomputes=recomputes)
         if name in trained:
             role.add_optimizer(sections[name])
-            role.ema = Ema(module) if name == "generator" else None
+            role.ema = Ema(role.parameters) if name == "generator" else None
         roles[name] = role
     return Roles(roles, optim, num_steps)

@@ -91,8 +91,11 @@ class VideoModel(Protocol):
         """Random initial value of the parameter `name`: float32 on the CPU, a function of (name, seed)."""
         ...
 
-    def weight_files(self) -> list[Path]:
-        """The safetensors files of the pretrained network; empty where it starts from random weights."""
+    def weight_files(self) -> dict[str, list[Path]]:
+        """The safetensors files of the pretrained network; empty where it starts from random weights.
+
+        By prefix: the parameter `prefix + name` is the tensor `name` of one of the files.
+        """
         ...
 
     def velocity(self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:

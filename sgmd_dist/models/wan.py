@@ -172,8 +172,8 @@ class Wan:
         fan_out, fan_in = shape[0], math.prod(shape[1:])
         return rng.normal(shape, seed, f"init/{name}") * (2 / (fan_in + fan_out)) ** 0.5
 
-    def weight_files(self) -> list[Path]:
-        return self._weight_files
+    def weight_files(self) -> dict[str, list[Path]]:
+        return {"": self._weight_files} if self._weight_files else {}
 
     def velocity(self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
         output = module(

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from sgmd_dist.checksum import sum_of_bits, wrap
 from sgmd_dist.errors import UserError
 
 _MAX_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What parameters were filled with: how many, and over all ranks their bytes in the files and the sum of their
+    bits there, which is the same for every sharding."""
+
+    num_tensors: int
+    num_bytes: int
+    checksum: int
 
 
 @torch.no_grad()
@@ -28,21 +41,48 @@ def fill(module: nn.Module, value: Callable[[str, tuple[int, ...]], Tensor]) -> 
 
 
 @torch.no_grad()
-def load_safetensors(module: nn.Module, files: Sequence[Path]) -> int:
-    """Copy this rank's slices of the parameters from `files`; returns the number of tensors loaded.
+def load_safetensors(parameters: Mapping[str, Tensor], files: Mapping[str, Sequence[Path]]) -> Loaded:
+    """Copy this rank's slices of `parameters` from `files`, one slice at a time. Collective in a process group.
+
+    Args:
+        parameters: by name, sharded or whole.
+        files: by prefix: the parameter `prefix + name` is the tensor `name` of one of these files.
 
     Raises:
         UserError: missing, unexpected or mis-shaped keys, or an unreadable file; nothing is loaded then.
     """
-    parameters = dict(module.named_parameters())
-    handles = [(path, _open(path)) for path in files]
-    where = {name: handle for _, handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    where = {prefix + name: found for prefix, paths in files.items() for name, found in _tensors(paths).items()}
     _check_names(parameters, where, files)
+    num_bytes = checksum = 0
     for name, parameter in parameters.items():
         local, slices = _local_part(parameter)
         if local.numel():
-            local.copy_(where[name].get_slice(name)[slices])
-    return len(parameters)
+            found = where[name][slices]
+            local.copy_(found)
+            if _counts_here(parameter):
+                num_bytes += found.nbytes
+                checksum += sum_of_bits(found)
+    total = torch.tensor([num_bytes, wrap(checksum)])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return Loaded(len(parameters), *total.tolist())
+
+
+def _tensors(paths: Sequence[Path]) -> dict[str, Any]:
+    """The files' tensors by name, to be sliced; none is read yet."""
+    handles = [_open(path) for path in paths]
+    return {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _counts_here(parameter: Tensor) -> bool:
+    """True on one rank of those that hold the same slice."""
+    if not isinstance(parameter, DTensor):
+        return not dist.is_initialized() or dist.get_rank() == 0
+    mesh = parameter.device_mesh
+    return all(
+        isinstance(placement, Shard) or mesh.get_local_rank(dim) == 0
+        for dim, placement in enumerate(parameter.placements)
+    )
 
 
 def _local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -62,21 +102,23 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as safetensors: {error}; download the file again") from None
 
 
-def _check_names(parameters: dict[str, nn.Parameter], where: dict[str, Any], files: Sequence[Path]) -> None:
-    folder = files[0].parent if files else Path()
+def _check_names(
+    parameters: Mapping[str, Tensor], where: Mapping[str, Any], files: Mapping[str, Sequence[Path]]
+) -> None:
     wrong = [
         *_listed("missing", [name for name in parameters if name not in where]),
         *_listed("unexpected", [name for name in where if name not in parameters]),
         *_listed("of another shape", list(_mis_shaped(parameters, where))),
     ]
     if wrong:
-        raise UserError(f"{folder}: the weights do not fit the network: {'; '.join(wrong)}; check its config.json")
+        folders = ", ".join(dict.fromkeys(str(path.parent) for paths in files.values() for path in paths))
+        raise UserError(f"{folders}: the weights do not fit the network: {'; '.join(wrong)}; check its config.json")
 
 
-def _mis_shaped(parameters: dict[str, nn.Parameter], where: dict[str, Any]) -> Iterator[str]:
+def _mis_shaped(parameters: Mapping[str, Tensor], where: Mapping[str, Any]) -> Iterator[str]:
     for name, parameter in parameters.items():
         if name in where:
-            found = tuple(where[name].get_slice(name).get_shape())
+            found = tuple(where[name].get_shape())
             if found != tuple(parameter.shape):
                 yield f"{name} {found}, expected {tuple(parameter.shape)}"
 

@@ -70,11 +70,11 @@ def test_a_role_takes_its_own_folder_or_the_common_one(
     tiny_recipe: MakeRecipe, pretrained: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(f"model.teacher.pretrained={pretrained}")
-    (file,) = build_model(recipe, "teacher").weight_files()
+    ((file,),) = build_model(recipe, "teacher").weight_files().values()
     assert file.parent == pretrained
-    assert build_model(recipe, "generator").weight_files() == []
+    assert build_model(recipe, "generator").weight_files() == {}
     recipe = tiny_recipe(f"model.pretrained={pretrained}", f"model.teacher.pretrained={tmp_path / 'nowhere'}")
-    assert build_model(recipe, "fake_score").weight_files() == [file]
+    assert build_model(recipe, "fake_score").weight_files() == {"": [file]}
     with pytest.raises(UserError, match=r"model\.teacher\.pretrained = '.*/nowhere': no such folder"):
         build_model(recipe, "teacher")
 

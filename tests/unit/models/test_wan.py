@@ -215,7 +215,7 @@ def test_the_folder_of_a_pipeline_and_of_its_transformer_are_the_same_model(wan,
     assert {key: built[key] for key in wan.config if key[0] != "_"} == {
         k: v for k, v in wan.config.items() if k[0] != "_"
     }
-    assert pipeline.weight_files() == [pipeline_folder / "transformer" / WEIGHTS]
+    assert pipeline.weight_files() == {"": [pipeline_folder / "transformer" / WEIGHTS]}
 
 
 @pytest.mark.parametrize("index, expected", [(True, True), (False, False), (None, False)])
@@ -228,7 +228,7 @@ def test_the_pipeline_says_whether_timesteps_are_per_token(pipeline_folder: Path
 
 
 def test_a_sharded_folder_gives_every_file_of_its_index_once(sharded_folder: Path):
-    files = build(section(), str(sharded_folder), KEY).weight_files()
+    files = build(section(), str(sharded_folder), KEY).weight_files()[""]
     assert len(files) > 2
     assert files == sorted(sharded_folder.glob("*.safetensors"))
 
@@ -236,7 +236,7 @@ def test_a_sharded_folder_gives_every_file_of_its_index_once(sharded_folder: Pat
 def test_variants_beside_the_weights_are_left_alone(transformer_folder: Path):
     for variant in ("diffusion_pytorch_model.fp16.safetensors", "another.safetensors"):
         (transformer_folder / variant).write_bytes(b"not read")
-    assert build(section(), str(transformer_folder), KEY).weight_files() == [transformer_folder / WEIGHTS]
+    assert build(section(), str(transformer_folder), KEY).weight_files() == {"": [transformer_folder / WEIGHTS]}
 
 
 def test_the_index_goes_before_a_single_file(sharded_folder: Path):
@@ -247,7 +247,7 @@ def test_the_index_goes_before_a_single_file(sharded_folder: Path):
 
 def test_a_single_file_of_another_name_is_taken(transformer_folder: Path):
     renamed = (transformer_folder / WEIGHTS).rename(transformer_folder / "model.safetensors")
-    assert build(section(), str(transformer_folder), KEY).weight_files() == [renamed]
+    assert build(section(), str(transformer_folder), KEY).weight_files() == {"": [renamed]}
 
 
 @pytest.mark.parametrize("index", [{}, {"transformer_2": [None, None], "boundary_ratio": None}])
@@ -262,7 +262,9 @@ def test_a_network_from_meta_equals_from_pretrained_bit_for_bit(kind: str, reque
     folder: Path = request.getfixturevalue(f"{kind}_folder")
     model = build(section(), str(folder), KEY)
     module = materialized(model)
-    assert load_safetensors(module, model.weight_files()) == len(list(module.parameters()))
+    loaded = load_safetensors(dict(module.named_parameters()), model.weight_files())
+    assert loaded.num_tensors == len(list(module.parameters()))
+    assert loaded.num_bytes == sum(parameter.nbytes for parameter in module.parameters())
     expected = WanTransformer3DModel.from_pretrained(model.folder, local_files_only=True)
     assert same_tensors(dict(module.named_parameters()), dict(expected.named_parameters()))
     buffers = dict(module.named_buffers())
@@ -324,7 +326,7 @@ def test_a_random_network_starts_at_velocity_zero(batch: dict[str, Tensor]):
     model = build(section(config=TINY), None, KEY)
     module = materialized(model)
     fill(module, lambda name, shape: model.initial_value(name, shape, 0))
-    assert model.weight_files() == []
+    assert model.weight_files() == {}
     assert not model.velocity(module, sigma=SIGMA, **batch).any()
 
 
@@ -477,7 +479,7 @@ def loading_message(folder: Path) -> str:
     model = build(section(), str(folder), KEY)
     module = materialized(model)
     with pytest.raises(UserError) as error:
-        load_safetensors(module, model.weight_files())
+        load_safetensors(dict(module.named_parameters()), model.weight_files())
     assert all(parameter.isnan().all() for parameter in module.parameters())
     return str(error.value)
 
@@ -524,7 +526,7 @@ def test_an_export_loads_in_diffusers_and_comes_back_bit_for_bit(
     assert same_tensors(exported.state_dict(), weights)
     again = build(section(), str(out), KEY)
     module = materialized(again)
-    load_safetensors(module, again.weight_files())
+    load_safetensors(dict(module.named_parameters()), again.weight_files())
     assert same_tensors(module.state_dict(), weights)
     assert torch.equal(again.velocity(module, sigma=SIGMA, **batch), direct(exported, batch, 1000 * SIGMA))
 
