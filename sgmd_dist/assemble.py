@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sgmd_dist import checkpoint, registry
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.objectives.base import Objective
-from sgmd_dist.parallel.apply import parallelize
+from sgmd_dist.parallel.apply import parallelize, share_streams
 from sgmd_dist.parallel.load import fill, load_safetensors
 from sgmd_dist.parallel.mesh import Mesh
 from sgmd_dist.recipe import Recipe
@@ -52,10 +52,12 @@ def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dic
         dtype = _DTYPES[recipe.model.for_role(name).dtype or "float32"]
         with torch.device("meta"):
             module = nn.Module.to(model.build(), dtype)  # diffusers' own `to` warns of what loading decides anyway
-        parallelize(module, model, recipe.parallel, mesh=mesh, compute_dtype=compute_dtype)
-        model.reset_buffers(module)
+        offload = recipe.parallel.teacher_offload and not names[name]
+        parallelize(module, model, recipe.parallel, mesh=mesh, compute_dtype=compute_dtype, offload=offload)
+        model.reset_buffers(module, mesh.device)
         _fill_with_weights(name, module, model, recipe.run.seed)
         networks[name] = (module, model)
+    share_streams(module for module, _ in networks.values())
     return networks
 
 
@@ -109,7 +111,7 @@ def load_network(
     with torch.device("meta"):
         module = nn.Module.to(model.build(), model.compute_dtype)
     module.to_empty(device=device)
-    model.reset_buffers(module)
+    model.reset_buffers(module, device)
     if weights is not None:
         module.load_state_dict(weights)
     elif files := model.weight_files():

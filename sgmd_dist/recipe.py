@@ -209,7 +209,11 @@ class ParallelSection(Section):
     """Mesh axes and how blocks run. `dp_shard: -1` takes the ranks that the other axes leave.
 
     `ulysses` x `ring` ranks share each sequence: ulysses ranks part the heads, ring ranks pass keys round.
-    `activation_checkpointing: block` recomputes each block in the backward pass. `compile` compiles each block.
+    `activation_checkpointing: block` recomputes each block in the backward pass, `selective` all of it but its
+    self-attention. `compile` compiles each block. `reshard_after_forward: false` keeps gathered blocks until their
+    backward pass, or until the phase ends; a number gathers them again from so many neighbouring ranks.
+    `forward_prefetch`, `backward_prefetch`: blocks that are gathered ahead. `teacher_offload` keeps the teacher's
+    shards in the host's memory.
     `attention` is a backend of sgmd_kernels.attention; `auto` takes the fastest that is there.
     `kernels: auto` runs the fused operations of sgmd_kernels on CUDA devices where triton is installed; `off` is the
     default until `launch/bench.py kernels` has shown on a GPU that they beat torch.compile.
@@ -219,8 +223,12 @@ class ParallelSection(Section):
     dp_shard: int = Field(default=-1, ge=-1, description="-1 (the ranks that the other axes leave) or an integer >= 1")
     ulysses: int = Field(default=1, ge=1)
     ring: int = Field(default=1, ge=1)
-    activation_checkpointing: Literal["none", "block"] = "block"
+    activation_checkpointing: Literal["none", "block", "selective"] = "block"
     compile: bool = False
+    reshard_after_forward: bool | int = Field(default=True, description="true, false, or a number of ranks >= 2")
+    forward_prefetch: int = Field(default=1, ge=0)
+    backward_prefetch: int = Field(default=1, ge=0)
+    teacher_offload: bool = False
     attention: AttentionBackend = "auto"
     kernels: Literal["auto", "off"] = "off"
 
@@ -230,6 +238,13 @@ class ParallelSection(Section):
         if dp_shard == 0:
             raise wrong("expected -1 (the ranks that the other axes leave) or an integer >= 1")
         return dp_shard
+
+    @field_validator("reshard_after_forward")
+    @classmethod
+    def _ranks(cls, reshard_after_forward: bool | int) -> bool | int:
+        if not isinstance(reshard_after_forward, bool) and reshard_after_forward < 2:
+            raise wrong("expected true, false, or a number of ranks >= 2")
+        return reshard_after_forward
 
     @field_validator("kernels", mode="before")
     @classmethod
@@ -290,6 +305,7 @@ class Recipe(Section):
             UserError: ranks, batch sizes or exit groups do not divide; the message has the numbers.
         """
         dp_shard = self._dp_shard(world_size)
+        self._check_reshard(dp_shard * self.parallel.ring * self.parallel.ulysses)
         dp_size = self.parallel.dp_replicate * dp_shard
         num_units = self._units_per_step(dp_size)
         return Layout(
@@ -321,6 +337,15 @@ class Recipe(Section):
                 f" {axes.dp_shard * others} ranks"
             )
         return axes.dp_shard
+
+    def _check_reshard(self, shard_size: int) -> None:
+        ranks = self.parallel.reshard_after_forward
+        if not isinstance(ranks, bool) and (shard_size % ranks or ranks == shard_size):
+            raise UserError(
+                f"parallel.reshard_after_forward = {ranks}: parameters lie over dp_shard x ring x ulysses ="
+                f" {shard_size} ranks; expected a smaller divisor of that, as the number of GPUs of a node, true or"
+                " false"
+            )
 
     def _units_per_step(self, dp_size: int) -> int:
         batch, micro = self.data.global_batch_size, self.data.micro_batch_size

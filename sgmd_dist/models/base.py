@@ -83,8 +83,8 @@ class VideoModel(Protocol):
         """Length L of the sequence that latents of this shape make."""
         ...
 
-    def reset_buffers(self, module: nn.Module) -> None:
-        """Recompute buffers that no file holds, on the parameters' device, after the network left meta."""
+    def reset_buffers(self, module: nn.Module, device: torch.device) -> None:
+        """Recompute buffers that no file holds, on the device that computes, after the network left meta."""
         ...
 
     def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -149,10 +149,9 @@ class Wan:
         sizes = zip(latent_shape[1:], self.config["patch_size"], strict=True)
         return math.prod(size // patch for size, patch in sizes)
 
-    def reset_buffers(self, module: nn.Module) -> None:
+    def reset_buffers(self, module: nn.Module, device: torch.device) -> None:
         head_dim, patch_size = self.config["attention_head_dim"], self.config["patch_size"]
         fresh = WanRotaryPosEmbed(head_dim, patch_size, self.config["rope_max_seq_len"])
-        device = next(module.parameters()).device
         for name, buffer in fresh.named_buffers():  # the module itself stays: hooks hang on it
             setattr(module.rope, name, buffer.to(device))
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from loguru import logger
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    share_comm_ctx,
+)
 
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.parallel.mesh import Mesh
+from sgmd_dist.parallel.recompute import recompute_all_but_attention, recompute_block
 from sgmd_dist.parallel.sequence import SequenceAxis
 from sgmd_dist.recipe import ParallelSection
 from sgmd_kernels import dispatch
@@ -23,17 +32,28 @@ from sgmd_kernels.attention import choose
 # Networks that unpatchify return a view; nothing here writes into a network's output in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
+_RECOMPUTE: Mapping[str, Callable[[nn.Module], None]] = MappingProxyType(
+    {"none": lambda block: None, "block": recompute_block, "selective": recompute_all_but_attention}
+)
+
 
 def parallelize(
-    module: nn.Module, model: VideoModel, section: ParallelSection, *, mesh: Mesh, compute_dtype: torch.dtype
+    module: nn.Module,
+    model: VideoModel,
+    section: ParallelSection,
+    *,
+    mesh: Mesh,
+    compute_dtype: torch.dtype,
+    offload: bool = False,
 ) -> nn.Module:
     """Split the sequence, checkpoint, compile and shard the blocks, then the root, and give the parameters empty
-    storage on the mesh's device.
+    storage on the mesh's device, or on the host.
 
     Args:
         module: the network on the meta device, in the dtype of its sharded parameters.
         model: its family, which knows its blocks and where its tokens are split and joined.
         compute_dtype: dtype of the gathered parameters; gradients are reduced in float32.
+        offload: keep the shards on the host and bring each block's to the device when it is gathered.
 
     Raises:
         UserError: `parallel.attention` names a backend that cannot run here.
@@ -45,8 +65,7 @@ def parallelize(
         _log_once("blocks run fused Triton kernels")
     blocks = model.blocks(module)
     for block in blocks:
-        if section.activation_checkpointing == "block":
-            _checkpoint(block)
+        _RECOMPUTE[section.activation_checkpointing](block)
         if section.compile:
             block.compile()
     shard = functools.partial(
@@ -54,23 +73,33 @@ def parallelize(
         mesh=mesh.fsdp,
         # Casting inputs would round timesteps and rotary angles to bfloat16; the model casts what it means to.
         mp_policy=MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False),
-        reshard_after_forward=True,  # the root too: gathered parameters would survive a change of requires_grad
+        offload_policy=CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy(),
     )
     for block in blocks:
-        shard(block)
-    shard(module)
-    return module.to_empty(device=mesh.device)
+        shard(block, reshard_after_forward=section.reshard_after_forward)
+    shard(module, reshard_after_forward=True)
+    _prefetch(module, blocks, section.forward_prefetch, section.backward_prefetch)
+    return module.to_empty(device="cpu" if offload else mesh.device)
 
 
-def _checkpoint(block: nn.Module) -> None:
-    """Recompute the block in the backward pass. Wrapping `forward`, not the module, keeps parameter names."""
-    forward = block.forward
+def share_streams(roots: Iterable[nn.Module]) -> None:
+    """Let networks communicate on one set of streams, whose memory is one pool. Before the first forward pass of any:
+    each network's first one makes the streams anew."""
+    share_comm_ctx([root for root in roots if isinstance(root, FSDPModule)])
 
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    # A function of this file: torch.compile passes over a partial of torch's own `checkpoint` and compiles nothing.
-    block.forward = recomputed
+def _prefetch(root: Any, blocks: Sequence[Any], forward: int, backward: int) -> None:
+    """Gather the parameters of so many blocks ahead of the one that runs.
+
+    FSDP2 by itself takes the order of the last forward passes, in which networks and passes without a graph follow each
+    other: it would gather blocks that the backward pass never reaches. The order of a network's blocks never errs.
+    """
+    root.set_modules_to_forward_prefetch(blocks[:forward])
+    root.set_modules_to_backward_prefetch([*reversed(blocks[max(len(blocks) - backward, 0) :])] or [root])
+    for i, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + forward])
+        # The root is gathered throughout the backward pass: naming it asks for nothing, an empty list for FSDP2's own.
+        block.set_modules_to_backward_prefetch([*reversed(blocks[max(i - backward, 0) : i])] or [root])
 
 
 def _check_attention(backend: str, model: VideoModel, device: torch.device, dtype: torch.dtype) -> None:

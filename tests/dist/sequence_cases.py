@@ -176,7 +176,7 @@ def parallel_network(case: Case, mesh: Mesh, number: int = 0) -> nn.Module:
     with torch.device("meta"):
         module = model.build()
     parallelize(module, model, case.section(), mesh=mesh, compute_dtype=torch.float32)
-    model.reset_buffers(module)
+    model.reset_buffers(module, torch.device("cpu"))
     fill(module, partial(weight, number))
     return module.requires_grad_(number == 0)
 

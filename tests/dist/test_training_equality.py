@@ -69,10 +69,28 @@ def test_dmd2_ranks_equal_one_plain_process(recipe_path: Path, world_size: int) 
     assert parameter_difference(only_reference_trees(state), expected) < TOLERANCE
 
 
-def test_replicated_and_sharded_ranks_equal_one_plain_process(recipe_path: Path) -> None:
-    """HSDP: two replicas of two shards."""
-    state = run_ranks(4, train, recipe_path, ["parallel.dp_replicate=2"])[0]
-    assert parameter_difference(only_reference_trees(state), reference(recipe_path, [])) < TOLERANCE
+LAYOUTS = {
+    "dp_shard 4": (4, []),
+    "dp_replicate 2 x dp_shard 2": (4, ["parallel.dp_replicate=2"]),
+    "teacher on the host": (2, ["parallel.teacher_offload=true"]),
+    "block": (2, ["parallel.activation_checkpointing=block", "parallel.reshard_after_forward=false"]),
+    "selective": (2, ["parallel.activation_checkpointing=selective"]),
+    "compiled": (2, ["parallel.activation_checkpointing=selective", "parallel.compile=true", "run.steps=2"]),
+    "gathered until the backward pass": (2, ["parallel.reshard_after_forward=false"]),
+    "gathered again from 2 of 4": (4, ["parallel.reshard_after_forward=2"]),
+    "no prefetch": (2, ["parallel.forward_prefetch=0", "parallel.backward_prefetch=0"]),
+    "deep prefetch": (2, ["parallel.forward_prefetch=9", "parallel.backward_prefetch=9"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_equals_one_plain_process(recipe_path: Path, layout: str) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    smaller = ["data.global_batch_size=4", *(key for key in parallel if key.startswith("run."))]
+    state = run_ranks(world_size, train, recipe_path, [*smaller, *parallel])[0]
+    expected = reference(recipe_path, smaller)
+    assert moved(expected) > 1e-3
+    assert parameter_difference(only_reference_trees(state), expected) < TOLERANCE
 
 
 SEQUENCE_LAYOUTS = {

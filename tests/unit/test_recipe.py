@@ -236,6 +236,18 @@ LAYOUT_ERRORS = [
         " set it to -1 (the rest) or start 8 ranks",
     ),
     (
+        8,
+        {"reshard_after_forward": 3},
+        "parallel.reshard_after_forward = 3: parameters lie over dp_shard x ring x ulysses = 8 ranks; expected a"
+        " smaller divisor of that, as the number of GPUs of a node, true or false",
+    ),
+    (
+        8,
+        {"reshard_after_forward": 4, "dp_replicate": 2},
+        "parallel.reshard_after_forward = 4: parameters lie over dp_shard x ring x ulysses = 4 ranks; expected a"
+        " smaller divisor of that, as the number of GPUs of a node, true or false",
+    ),
+    (
         3,
         {"batch": 64, "micro": 2},
         "data.global_batch_size = 64 is not a multiple of data.micro_batch_size 2 x data-parallel size 3 = 6;"

@@ -77,7 +77,7 @@ WRONG_VALUES = [
     ),
     (
         "parallel.activation_checkpointing=true",
-        "parallel.activation_checkpointing = true: expected one of none, block",
+        "parallel.activation_checkpointing = true: expected one of none, block, selective",
     ),
     (
         "model.generator.dtype=bfloat16",
@@ -165,6 +165,10 @@ WRONG_VALUES = [
         f"{LR}.points = [0, 1]: expected pairs of a step and a number, as in [[0, 0.1], [1000, 0.05]]",
     ),
     # parallel
+    (
+        "parallel.reshard_after_forward=1",
+        "parallel.reshard_after_forward = 1: expected true, false, or a number of ranks >= 2",
+    ),
     ("parallel.dp_shard=0", f"parallel.dp_shard = 0: {DP_SHARD}"),
     ("parallel.dp_shard=all", f"parallel.dp_shard = 'all': {DP_SHARD}"),
     # the words themselves

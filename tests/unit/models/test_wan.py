@@ -55,7 +55,7 @@ def materialized(model: Wan) -> torch.nn.Module:
     module = on_meta(model).to_empty(device="cpu")
     for tensor in [*module.parameters(), *module.buffers()]:
         tensor.data.fill_(float("nan"))
-    model.reset_buffers(module)
+    model.reset_buffers(module, torch.device("cpu"))
     return module
 
 
@@ -281,7 +281,7 @@ def same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 def test_buffers_stay_float32_in_a_bf16_network(transformer_folder: Path):
     model = build(section(), str(transformer_folder), KEY)
     module = on_meta(model).to(torch.bfloat16).to_empty(device="cpu")
-    model.reset_buffers(module)
+    model.reset_buffers(module, torch.device("cpu"))
     expected = WanTransformer3DModel.from_config(model.config)
     assert same_tensors(dict(module.named_buffers()), dict(expected.named_buffers()))
 
