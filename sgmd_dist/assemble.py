@@ -32,15 +32,28 @@ def build_objective(recipe: Recipe) -> Objective:
 
 
 def build_model(recipe: Recipe, role: str) -> VideoModel:
-    """The architecture of `role`.
+    """The model of `role`, with its weight files.
 
     Raises:
         UserError: its pretrained folder is missing or unfit.
     """
-    section = recipe.model.for_role(role)
+    return registry.load(registry.MODELS, recipe.model.family).build(recipe.model, *_pretrained(recipe, role))
+
+
+def build_architecture(recipe: Recipe, role: str) -> VideoModel:
+    """The model of `role` for plans and dry runs: where its pretrained folder is not there, `model.config` tells.
+
+    Raises:
+        UserError: the folder is unfit, or missing and `model.config` does not describe it.
+    """
+    return registry.load(registry.MODELS, recipe.model.family).architecture(recipe.model, *_pretrained(recipe, role))
+
+
+def _pretrained(recipe: Recipe, role: str) -> tuple[str | None, str]:
+    """The folder of `role` and the key that gives it."""
     own = getattr(recipe.model, role).pretrained
     key = f"model.{role}.pretrained" if own else "model.pretrained"
-    return registry.load(registry.MODELS, recipe.model.family).build(recipe.model, section.pretrained, key)
+    return recipe.model.for_role(role).pretrained, key
 
 
 def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dict[str, tuple[nn.Module, VideoModel]]:

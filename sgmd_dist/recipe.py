@@ -99,7 +99,8 @@ class ModelSection(Section):
     """Keys that every model family has; a family's own `Section` adds `config` and what else it needs.
 
     `pretrained` is a local diffusers folder: a pipeline, or its transformer's folder. Without it the network
-    starts from random weights made from `config`. Relative paths start at the working directory.
+    starts from random weights made from `config`; beside it `config` is what the folder must hold. Relative paths
+    start at the working directory.
     """
 
     family: str

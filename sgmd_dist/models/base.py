@@ -1,7 +1,9 @@
 """What a model family tells the rest of the project.
 
 A family's module defines `Section` (its part of a recipe) and `build(section, pretrained, key)`, which returns a
-`VideoModel`. The object holds no weights: it builds a network, names its parts, and feeds it.
+`VideoModel`. The object holds no weights: it builds a network, names its parts, and feeds it. Its
+`architecture(section, pretrained, key)` returns the same also where the pretrained folder is not there and the section
+says what it would hold; such a `VideoModel` has no weight files.
 """
 
 from __future__ import annotations

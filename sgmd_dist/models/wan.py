@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,7 +29,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class WanConfig(RecipeSection):
-    """Arguments of diffusers' `WanTransformer3DModel`, for a network that starts from random weights."""
+    """Arguments of diffusers' `WanTransformer3DModel`."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = Field(12, ge=1)
@@ -71,7 +72,8 @@ class WanConfig(RecipeSection):
 class Section(ModelSection):
     """`model` section of the Wan family.
 
-    `config` describes the network when there is no `pretrained` folder. `expand_timesteps` hands the network one
+    `config` describes the network: without `pretrained` one of random weights, beside it the one that the folder must
+    hold, so that a run can be planned on a machine without the folder. `expand_timesteps` hands the network one
     timestep per token (Wan2.2 TI2V-5B); by default the pretrained pipeline's model_index.json decides.
     """
 
@@ -89,17 +91,43 @@ def build(section: Section, pretrained: str | None, key: str) -> Wan:
         key: the recipe key that gave `pretrained`, for messages.
 
     Raises:
-        UserError: the folder is missing, incomplete or of another kind of model, or there is neither folder nor config.
+        UserError: the folder is missing, incomplete, of another kind of model or not what `model.config` says, or there
+            is neither folder nor config.
     """
-    compute_dtype = _DTYPES[section.compute_dtype]
     if pretrained is None:
         if section.config is None:
             raise UserError(f"{key}: neither {key} nor model.config is set; give a diffusers folder or a config")
+        compute_dtype = _DTYPES[section.compute_dtype]
         return Wan(section.config.model_dump(), None, [], bool(section.expand_timesteps), compute_dtype)
     found = read_folder(Path(pretrained), key)
     expand = found.expand_timesteps if section.expand_timesteps is None else section.expand_timesteps
-    config = {**found.config, **_checked(found.config, f"{key} = '{pretrained}': {found.path / 'config.json'}")}
-    return Wan(config, found.path, found.weight_files, expand, compute_dtype)
+    where = f"{key} = '{pretrained}': {found.path / 'config.json'}"
+    checked = _checked(found.config, where)
+    if section.config is not None and pretrained == section.pretrained:
+        _compare(checked, section.config.model_dump(), where)
+    return Wan({**found.config, **checked}, found.path, found.weight_files, expand, _DTYPES[section.compute_dtype])
+
+
+def architecture(section: Section, pretrained: str | None, key: str) -> Wan:
+    """As `build`, for what needs no weights: where the folder is not there, `model.config` says what it would hold.
+
+    Raises:
+        UserError: as `build`; for a missing folder only where there is no config beside it.
+    """
+    is_described = section.config is not None and pretrained == section.pretrained
+    if is_described and pretrained is not None and not Path(pretrained).is_dir():
+        return build(section, None, key)
+    return build(section, pretrained, key)
+
+
+def _compare(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    """Refuse a folder whose network is not the one that the recipe describes."""
+    for name, value in expected.items():
+        if found[name] != value:
+            raise UserError(
+                f"{where} has {name} = {json.dumps(found[name])}, expected model.config.{name} = {json.dumps(value)};"
+                " name the folder that is meant, or set model.config=null to take what it holds"
+            )
 
 
 def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:

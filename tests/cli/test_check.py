@@ -18,16 +18,26 @@ def test_a_missing_model_folder_is_one_message_that_names_the_key() -> None:
 
 
 def test_a_local_model_folder_passes_and_the_plan_is_printed(local_wan: Path) -> None:
-    done = run(f"python launch/train.py recipes/sgmd.yaml --check --world-size 64 model.pretrained={local_wan}")
+    model = f"model.pretrained={local_wan} model.config=null"
+    done = run(f"python launch/train.py recipes/sgmd.yaml --check --world-size 64 {model}")
     assert done.code == 0, done.output
     assert "ranks       64 = dp_replicate 1 x dp_shard 64 x ring 1 x ulysses 1" in done.output
     assert "batch       global 256 = micro 1 x data parallel 64 x accumulation 4" in done.output
 
 
+def test_a_folder_of_another_architecture_than_the_recipe_s_is_refused(local_wan: Path) -> None:
+    done = run(f"python launch/train.py recipes/sgmd.yaml --check model.pretrained={local_wan}")
+    assert done.code == 2
+    assert "config.json has num_attention_heads = 2, expected model.config.num_attention_heads = 40" in done.output
+
+
 def test_the_plan_explains_the_layout_of_a_sequence(local_wan: Path) -> None:
     """21 x 30 x 52 tokens of the shipped recipe on 16 ranks; 2 heads on 8 of them."""
-    layout = "--world-size 64 parallel.ulysses=8 parallel.ring=2"
-    done = run(f"python launch/train.py recipes/sgmd.yaml --check {layout} model.pretrained={local_wan}")
+    layout, model = (
+        "--world-size 64 parallel.ulysses=8 parallel.ring=2",
+        f"model.pretrained={local_wan} model.config=null",
+    )
+    done = run(f"python launch/train.py recipes/sgmd.yaml --check {layout} {model}")
     assert done.code == 0, done.output
     assert "tokens      32760 of latents 16x21x60x104: 2048 per rank on 16, padding 0.02%" in done.output
     assert "2 heads: 1 per rank on 8, padding 75.00%" in done.output

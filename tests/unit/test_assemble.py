@@ -116,7 +116,7 @@ def test_a_folder_of_another_network_is_refused_before_anything_is_loaded(
     config = pretrained / "config.json"
     config.write_text(config.read_text().replace('"num_layers": 1', '"num_layers": 2'))
     with pytest.raises(UserError, match=r"the weights do not fit the network: \d+ missing \(blocks\.1\."):
-        build_networks(tiny_recipe(f"model.pretrained={pretrained}"), mesh, {"generator": True})
+        build_networks(tiny_recipe(f"model.pretrained={pretrained}", "model.config=null"), mesh, {"generator": True})
 
 
 # Networks to sample from

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sgmd_dist import preflight
-from sgmd_dist.models.wan import Section, WanConfig, build
+from sgmd_dist.assemble import build_architecture
 from sgmd_dist.recipe_file import dump_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,9 +91,17 @@ def test_released_recipes_hold_their_own_values(name: str):
     video = recipe.data.video
     assert video is not None
     assert (video.num_frames, video.height, video.width) == values["video"]
-    channels = LATENTS[name][0]
-    section = Section(config=WanConfig(in_channels=channels, out_channels=channels))
-    assert build(section, None, "model.pretrained").latent_shape(*values["video"]) == LATENTS[name]
+    assert build_architecture(recipe, "generator").latent_shape(*values["video"]) == LATENTS[name]
+
+
+@pytest.mark.parametrize(
+    "name, millions", [("sgmd_wan2.1_1.3b", 1419.0), ("sgmd", 14288.5), ("sgmd_wan2.2_5b", 4999.8)]
+)
+def test_the_models_of_the_released_recipes_have_their_published_number_of_parameters(name: str, millions: float):
+    """Counted from the published files; planned without them."""
+    with torch.device("meta"):
+        module = build_architecture(load_recipe(by_name(name)), "teacher").build()
+    assert sum(p.numel() for p in module.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 def test_the_diversity_term_of_the_small_recipe_walks_5_of_30_teacher_steps():
@@ -140,6 +149,6 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_shipped_recipe_passes_the_check_with_a_local_model_folder(
     recipe: Path, world_size: int, tiny_pipeline: Path
 ):
-    loaded = load_recipe(recipe, [f"model.pretrained={tiny_pipeline}"])
+    loaded = load_recipe(recipe, [f"model.pretrained={tiny_pipeline}", "model.config=null"])
     plan = preflight.check(loaded, loaded.layout(world_size))
     assert f"{loaded.run.steps} steps" in plan[0]

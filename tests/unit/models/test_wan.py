@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgmd_dist.errors import UserError
 from sgmd_dist.export import export_diffusers
-from sgmd_dist.models.wan import Section, Wan, WanConfig, build
+from sgmd_dist.models.wan import Section, Wan, WanConfig, architecture, build
 from sgmd_dist.parallel.load import fill, load_safetensors
 
 KEY = "model.pretrained"
@@ -343,6 +343,45 @@ def message(pretrained: Path | None, **keys: Any) -> str:
 
 def test_neither_folder_nor_config():
     assert message(None) == f"{KEY}: neither {KEY} nor model.config is set; give a diffusers folder or a config"
+
+
+DESCRIBED = TINY.model_copy(update={"freq_dim": 16, "num_layers": 2, "rope_max_seq_len": 32})
+
+
+def test_a_config_beside_a_folder_is_what_the_folder_must_hold(transformer_folder: Path):
+    folder, file = str(transformer_folder), transformer_folder / "config.json"
+    described = section(pretrained=folder, config=DESCRIBED)
+    assert build(described, folder, KEY).config == build(section(), folder, KEY).config
+    other = section(pretrained=folder, config=DESCRIBED.model_copy(update={"ffn_dim": 64}))
+    for make in (build, architecture):
+        with pytest.raises(UserError) as error:
+            make(other, folder, KEY)
+        assert str(error.value) == (
+            f"{KEY} = '{folder}': {file} has ffn_dim = 32, expected model.config.ffn_dim = 64; name the folder"
+            " that is meant, or set model.config=null to take what it holds"
+        )
+
+
+def test_a_config_says_nothing_of_a_roles_own_folder(transformer_folder: Path):
+    own = str(transformer_folder)
+    assert (
+        build(section(pretrained="elsewhere", config=TINY), own, "model.teacher.pretrained").config["num_layers"] == 2
+    )
+    with pytest.raises(UserError, match=r"model\.teacher\.pretrained = 'gone': no such folder"):
+        architecture(section(pretrained="elsewhere", config=TINY), "gone", "model.teacher.pretrained")
+
+
+def test_an_architecture_needs_no_folder_where_a_config_describes_it(transformer_folder: Path):
+    described = section(pretrained="gone", config=DESCRIBED, expand_timesteps=True)
+    model = architecture(described, "gone", KEY)
+    there = build(section(), str(transformer_folder), KEY)
+    shapes = [{name: p.shape for name, p in on_meta(m).named_parameters()} for m in (model, there)]
+    assert shapes[0] == shapes[1]
+    assert model.expand_timesteps and model.weight_files() == []
+    with pytest.raises(UserError, match="no such folder"):
+        build(described, "gone", KEY)
+    with pytest.raises(UserError, match="no such folder"):
+        architecture(section(pretrained="gone"), "gone", KEY)
 
 
 def test_a_missing_folder(tmp_path: Path):
