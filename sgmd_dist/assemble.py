@@ -58,20 +58,41 @@ def _pretrained(recipe: Recipe, role: str) -> tuple[str | None, str]:
 
 def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dict[str, tuple[nn.Module, VideoModel]]:
     """The roles' networks: meta device -> parallelize -> sharded load. No rank ever holds a whole network."""
-    compute_dtype = _DTYPES[recipe.model.compute_dtype]
     networks: dict[str, tuple[nn.Module, VideoModel]] = {}
     for name in names:
         model = build_model(recipe, name)
-        dtype = _DTYPES[recipe.model.for_role(name).dtype or "float32"]
-        with torch.device("meta"):
-            module = nn.Module.to(model.build(), dtype)  # diffusers' own `to` warns of what loading decides anyway
-        offload = recipe.parallel.teacher_offload and not names[name]
-        parallelize(module, model, recipe.parallel, mesh=mesh, compute_dtype=compute_dtype, offload=offload)
-        model.reset_buffers(module, mesh.device)
+        module = build_meta_network(recipe, mesh, name, model)
+        materialize(module, model, mesh.device, offload=_is_offloaded(recipe, name))
         _fill_with_weights(name, module, model, recipe.run.seed)
         networks[name] = (module, model)
     share_streams(module for module, _ in networks.values())
     return networks
+
+
+def build_meta_network(recipe: Recipe, mesh: Mesh, name: str, model: VideoModel) -> nn.Module:
+    """The network of role `name`, parallelized and still on the meta device."""
+    dtype = _DTYPES[recipe.model.for_role(name).dtype or "float32"]
+    with torch.device("meta"):
+        module = nn.Module.to(model.build(), dtype)  # diffusers' own `to` warns of what loading decides anyway
+    return parallelize(
+        module,
+        model,
+        recipe.parallel,
+        mesh=mesh,
+        compute_dtype=_DTYPES[recipe.model.compute_dtype],
+        offload=_is_offloaded(recipe, name),
+    )
+
+
+def materialize(module: nn.Module, model: VideoModel, device: torch.device, *, offload: bool = False) -> None:
+    """Give the sharded parameters of a meta network storage on `device`, or on the host where they are offloaded,
+    uninitialized, and its buffers values."""
+    module.to_empty(device="cpu" if offload else device)
+    model.reset_buffers(module, device)
+
+
+def _is_offloaded(recipe: Recipe, role: str) -> bool:
+    return recipe.parallel.teacher_offload and role == "teacher"
 
 
 def _fill_with_weights(name: str, module: nn.Module, model: VideoModel, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""How a network becomes parallel: sequence -> checkpointing -> compile -> fully_shard -> materialize, in this order."""
+"""How a network becomes parallel, on the meta device: sequence -> checkpointing -> compile -> fully_shard."""
 
 from __future__ import annotations
 
@@ -46,11 +46,10 @@ def parallelize(
     compute_dtype: torch.dtype,
     offload: bool = False,
 ) -> nn.Module:
-    """Split the sequence, checkpoint, compile and shard the blocks, then the root, and give the parameters empty
-    storage on the mesh's device, or on the host.
+    """Split the sequence, checkpoint, compile and shard the blocks, then the root.
 
     Args:
-        module: the network on the meta device, in the dtype of its sharded parameters.
+        module: the network on the meta device, in the dtype of its sharded parameters; it stays there.
         model: its family, which knows its blocks and where its tokens are split and joined.
         compute_dtype: dtype of the gathered parameters; gradients are reduced in float32.
         offload: keep the shards on the host and bring each block's to the device when it is gathered.
@@ -79,7 +78,7 @@ def parallelize(
         shard(block, reshard_after_forward=section.reshard_after_forward)
     shard(module, reshard_after_forward=True)
     _prefetch(module, blocks, section.forward_prefetch, section.backward_prefetch)
-    return module.to_empty(device="cpu" if offload else mesh.device)
+    return module
 
 
 def share_streams(roots: Iterable[nn.Module]) -> None:

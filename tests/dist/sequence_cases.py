@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sgmd_dist.assemble import materialize
 from sgmd_dist.models.wan import Wan
 from sgmd_dist.parallel import sequence
 from sgmd_dist.parallel.apply import parallelize
@@ -176,7 +177,7 @@ def parallel_network(case: Case, mesh: Mesh, number: int = 0) -> nn.Module:
     with torch.device("meta"):
         module = model.build()
     parallelize(module, model, case.section(), mesh=mesh, compute_dtype=torch.float32)
-    model.reset_buffers(module, torch.device("cpu"))
+    materialize(module, model, mesh.device)
     fill(module, partial(weight, number))
     return module.requires_grad_(number == 0)
 

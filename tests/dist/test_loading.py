@@ -13,6 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from ranks import run_ranks
 
+from sgmd_dist.assemble import materialize
 from sgmd_dist.checksum import sum_of_bits, wrap
 from sgmd_dist.models.wan import Section, build
 from sgmd_dist.parallel.apply import parallelize
@@ -78,7 +79,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Loaded, int, int, int]:
                 module = torch.nn.Module.to(model.build(), dtype)
             mesh = build_mesh(layout, device)
             parallelize(module, model, ParallelSection(), mesh=mesh, compute_dtype=torch.float32)
-            model.reset_buffers(module, device)
+            materialize(module, model, device)
             loaded = load_safetensors(dict(module.named_parameters()), model.weight_files())
         local = [parameter.to_local() for parameter in module.parameters()]
         own = sum(tensor.nbytes for tensor in local)

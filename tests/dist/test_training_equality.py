@@ -13,8 +13,9 @@ from reference import Reference
 from running import State, max_difference, parameter_difference, train
 
 from sgmd_dist.batch import Batch
-from sgmd_dist.data.stream import Stream
 from sgmd_dist.objectives.base import Phase, StepState
+from sgmd_dist.parallel.mesh import Mesh
+from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.trainer import Trainer
 
@@ -127,9 +128,9 @@ def test_ranks_that_share_sequences_log_what_one_process_logs(recipe_path: Path)
 class SkippingTrainer(Trainer):
     """Meets an unreadable sample, the first of each micro-batch, on its last rank alone."""
 
-    def _open_stream(self) -> Stream:
-        stream = super()._open_stream()
-        read = stream.next
+    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
+        super().__init__(recipe, mesh)
+        read = self.stream.next
 
         def next_batch() -> Batch:
             batch = read()
@@ -137,8 +138,7 @@ class SkippingTrainer(Trainer):
                 return batch
             return replace(batch, valid=batch.valid & (torch.arange(batch.size) > 0))
 
-        stream.next = next_batch
-        return stream
+        self.stream.next = next_batch
 
 
 def train_skipping(recipe_path: Path, overrides: list[str]) -> State:

@@ -377,7 +377,7 @@ def test_an_architecture_needs_no_folder_where_a_config_describes_it(transformer
     there = build(section(), str(transformer_folder), KEY)
     shapes = [{name: p.shape for name, p in on_meta(m).named_parameters()} for m in (model, there)]
     assert shapes[0] == shapes[1]
-    assert model.expand_timesteps and model.weight_files() == []
+    assert model.expand_timesteps and model.weight_files() == {}
     with pytest.raises(UserError, match="no such folder"):
         build(described, "gone", KEY)
     with pytest.raises(UserError, match="no such folder"):

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
+from sgmd_dist.assemble import materialize
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.wan import Wan, WanConfig
 from sgmd_dist.parallel.apply import parallelize
@@ -50,7 +51,7 @@ def test_every_attention_of_every_block_goes_through_the_axis(alone: torch.devic
 def test_buffers_are_made_anew_in_place_so_that_hooks_stay(alone: torch.device) -> None:
     module = apply(alone)
     rope = module.rope
-    tiny_wan().reset_buffers(module, alone)
+    materialize(module, tiny_wan(), alone)
     fresh = tiny_wan().build().rope
     assert module.rope is rope and rope._forward_hooks
     assert torch.equal(rope.freqs_cos, fresh.freqs_cos) and torch.equal(rope.freqs_sin, fresh.freqs_sin)

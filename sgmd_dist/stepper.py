@@ -1,0 +1,100 @@
+"""An optimizer step. It knows roles, phases and units, and no objective's or model's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from torch import nn
+
+from sgmd_dist.batch import Batch
+from sgmd_dist.metrics import Metrics
+from sgmd_dist.models.base import VideoModel
+from sgmd_dist.objectives.base import Objective, Phase, StepState
+from sgmd_dist.parallel.mesh import Mesh
+from sgmd_dist.parallel.sequence import agree
+from sgmd_dist.recipe import Recipe
+from sgmd_dist.roles import build_roles
+from sgmd_kernels import dispatch
+
+
+class Batches(Protocol):
+    """Where micro-batches come from: one data-parallel rank's share."""
+
+    def next(self) -> Batch:
+        """The next micro-batch of this rank."""
+        ...
+
+
+class Stepper:
+    """Takes optimizer steps: roles made of `networks`, an objective's phases on them, micro-batches of `batches`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        objective: Objective,
+        networks: Mapping[str, tuple[nn.Module, VideoModel]],
+        batches: Batches,
+    ) -> None:
+        self.recipe = recipe
+        self.mesh = mesh
+        self.step = 0
+        self.objective = objective
+        self.roles = build_roles(
+            networks,
+            {name for name, trained in objective.roles.items() if trained},
+            recipe.optim,
+            recipe.run.steps,
+            recomputes=recipe.parallel.activation_checkpointing != "none",
+        )
+        self.roles.warm_up(mesh.device)
+        self.metrics = Metrics(mesh.device)
+        self._batches = batches
+        self._steps_since_taken = 0
+        self._keeps_batches = False
+
+    def train_step(self) -> None:
+        """One optimizer step: the objective's phases in order."""
+        fused = dispatch.fused(self.recipe.parallel.kernels, self.mesh.device.type, dispatch.triton_installed())
+        state = StepState(self.step, self.recipe.run.seed, self.mesh.layout.num_units, fused=fused)
+        phases = self.objective.phases(self.step)
+        self._keeps_batches = any(phase.data == "same" for phase in phases)
+        with self.metrics.timed("time/step_s"):
+            for phase in phases:
+                with self.metrics.timed(f"time/{phase.role}_s"):
+                    self._train_phase(phase, state)
+        self.step += 1
+        self._steps_since_taken += 1
+
+    def _train_phase(self, phase: Phase, state: StepState) -> None:
+        self.roles.train_only(phase.role)
+        layout = self.mesh.layout
+        for micro in range(layout.accumulation):
+            state.unit_index = micro * layout.dp_size + self.mesh.dp_rank
+            batch = self._batch(phase, state)
+            losses = phase.loss(self.roles, batch, state)
+            loss = (losses.per_sample * batch.valid).mean()
+            (loss / layout.accumulation).backward()
+            for name, value in losses.metrics.items():
+                self.metrics.record(name, value)
+        self.metrics.record(f"{phase.role}/grad_norm", self.roles.step(phase.role, state.step))
+
+    def _batch(self, phase: Phase, state: StepState) -> Batch:
+        if phase.data == "same":
+            return state.batches[state.unit_index]
+        batch = self._batches.next().to(self.mesh.device)
+        batch = replace(batch, valid=agree(batch.valid, self.mesh.sequence))
+        if self._keeps_batches:
+            state.batches.setdefault(state.unit_index, batch)
+        return batch
+
+    def take_scalars(self) -> dict[str, float]:
+        """The metrics since the last call, over all ranks, with the network passes per sample. Collective."""
+        sharers = self.mesh.layout.sequence_size  # each does a part of every pass
+        scale = self.recipe.data.global_batch_size * self._steps_since_taken * sharers
+        self._steps_since_taken = 0
+        for name, passes in self.roles.take_passes().items():
+            self.metrics.record(f"passes/{name}", passes / scale, reduce="sum")
+        return self.metrics.flush()
