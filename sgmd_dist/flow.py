@@ -3,19 +3,29 @@
 Notation (one sigma per sample, `sigma` is `[B]` and broadcast over `[B, ...]`):
 
     x_sigma = (1 - sigma) x0 + sigma noise        velocity = noise - x0        x0 = x_sigma - sigma velocity
+
+A model may have experts, networks that each serve the noise levels between two boundaries. Which of them runs steers
+collectives, so it is decided in Python, by a `level` that travels beside the tensor `sigma`: reading it back from the
+tensor would stop the host at every forward, and a dry run's tensors hold no numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000  # a Wan-like network is handed timestep = 1000 sigma
+ALL_STEPS = range(NUM_TRAIN_TIMESTEPS)
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_sigma [B, ...], sigma [B]) -> velocity [B, ...]
+# (x_sigma [B, ...], sigma [B], a level that the expert of every sigma serves) -> velocity [B, ...]
+Velocity = Callable[[Tensor, Tensor, float], Tensor]
+Sigma = TypeVar("Sigma", float, Tensor)
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
@@ -54,7 +64,7 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> 
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def shift_sigma(t: Tensor, shift: float) -> Tensor:
+def shift_sigma(t: Sigma, shift: float) -> Sigma:
     """Time shift: shift t / (1 + (shift - 1) t), maps [0, 1] onto itself."""
     return shift * t / (1 + (shift - 1) * t)
 
@@ -68,18 +78,61 @@ def sampling_sigmas(num_steps: int, shift: float) -> list[float]:
     return shift_sigma(t, shift).tolist()
 
 
-def renoise_sigma(u: Tensor, shift: float, sigma_min: float, sigma_max: float) -> Tensor:
+def renoise_sigma(u: Tensor, shift: float, sigma_min: float, sigma_max: float, steps: range = ALL_STEPS) -> Tensor:
     """Noise levels for score matching from uniform draws `u` in [0, 1).
 
     `u` picks one of the 1000 training timesteps; its sigma is shifted and clamped to [sigma_min, sigma_max].
+
+    Args:
+        steps: the part of the timesteps, counted from 0, to pick from.
     """
-    t = (torch.floor(u * NUM_TRAIN_TIMESTEPS) + 1) / NUM_TRAIN_TIMESTEPS
+    t = (torch.floor(u * len(steps)) + steps.start + 1) / NUM_TRAIN_TIMESTEPS
     return shift_sigma(t, shift).clamp(sigma_min, sigma_max)
+
+
+def renoise_level(step: int, shift: float, sigma_min: float, sigma_max: float) -> float:
+    """The level that `renoise_sigma` gives to training timestep `step`, counted from 0."""
+    return min(max(shift_sigma((step + 1) / NUM_TRAIN_TIMESTEPS, shift), sigma_min), sigma_max)
+
+
+def renoise_sections(boundaries: Iterable[float], shift: float, sigma_min: float, sigma_max: float) -> list[range]:
+    """The training timesteps cut where the level of `renoise_sigma` reaches a boundary, without empty parts.
+
+    A part's share of the 1000 timesteps is the probability of its levels: to draw a timestep, and then a level in the
+    timestep's part, is to draw a level.
+    """
+
+    def first(boundary: float) -> int:
+        levels = (shift, sigma_min, sigma_max)
+        return bisect_left(ALL_STEPS, True, key=lambda step: reaches(renoise_level(step, *levels), boundary))
+
+    cuts = [0, *(first(boundary) for boundary in sorted(boundaries)), NUM_TRAIN_TIMESTEPS]
+    return [range(start, stop) for start, stop in pairwise(cuts) if start < stop]
+
+
+def shifted_sigma(u: Tensor, shift: float, lowest: float = 0.0, highest: float = 1.0) -> Tensor:
+    """Time-shifted noise levels of uniform draws `u` in [0, 1), float32: those of them in [lowest, highest).
+
+    By default all; the probability of others is that of `shift_sigma(highest, 1 / shift)` less that of `lowest`.
+    """
+    if (lowest, highest) == (0.0, 1.0):
+        return shift_sigma(u, shift).float()
+    start, stop = shift_sigma(lowest, 1 / shift), shift_sigma(highest, 1 / shift)
+    below = 1.0 if highest == 1 else float(np.nextafter(np.float32(highest), np.float32(0)))
+    return shift_sigma(start + u * (stop - start), shift).float().clamp(lowest, below)
+
+
+def reaches(level: float, boundary: float) -> bool:
+    """Whether a noise level is served by the expert above `boundary`: the boundary itself is, as in diffusers.
+
+    Both are rounded to float32, as the noise levels of a batch are: level and batch never fall on different sides.
+    """
+    return bool(np.float32(level) >= np.float32(boundary))
 
 
 def integrate(velocity: Velocity, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Euler chain over `sigmas` (descending) from `x` at `sigmas[0]`; returns x at the last sigma."""
     for sigma, next_sigma in pairwise(sigmas):
         s = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
-        x = euler_step(x, velocity(x, s), s, torch.full_like(s, next_sigma))
+        x = euler_step(x, velocity(x, s, sigma), s, torch.full_like(s, next_sigma))
     return x

@@ -1,7 +1,7 @@
 """Few-step rollouts: backward simulation with a gradient at the exit step, and sampling.
 
 A `Network` is a role, or any callable, that maps (x_sigma `[B, C, F, H, W]`, sigma `[B]`, prompt_embeds
-`[B, T, D]`) to a velocity of x_sigma's shape.
+`[B, T, D]`, level) to a velocity of x_sigma's shape; see `sgmd_dist.flow` for `level`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgmd_dist import flow
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+Network = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 GuidanceMode = Literal["batched", "separate"]
 
 
@@ -25,7 +25,7 @@ def guided(
     guidance_scale: float,
     mode: GuidanceMode = "batched",
 ) -> flow.Velocity:
-    """`network` under classifier-free guidance, as a function of (x, sigma).
+    """`network` under classifier-free guidance, as a function of (x, sigma, level).
 
     Args:
         prompt_embeds: `[B, T, D]`.
@@ -34,14 +34,14 @@ def guided(
         mode: `batched` runs both conditions as one forward of 2B samples, `separate` as two forwards.
     """
     if guidance_scale == 1.0:
-        return lambda x, sigma: network(x, sigma, prompt_embeds)
+        return lambda x, sigma, level: network(x, sigma, prompt_embeds, level)
     negative = negative_embeds.expand_as(prompt_embeds)
 
-    def separate(x: Tensor, sigma: Tensor) -> Tensor:
-        return flow.guide(network(x, sigma, prompt_embeds), network(x, sigma, negative), guidance_scale)
+    def separate(x: Tensor, sigma: Tensor, level: float) -> Tensor:
+        return flow.guide(network(x, sigma, prompt_embeds, level), network(x, sigma, negative, level), guidance_scale)
 
-    def batched(x: Tensor, sigma: Tensor) -> Tensor:
-        both = network(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([prompt_embeds, negative]))
+    def batched(x: Tensor, sigma: Tensor, level: float) -> Tensor:
+        both = network(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([prompt_embeds, negative]), level)
         conditional, unconditional = both.chunk(2)
         return flow.guide(conditional, unconditional, guidance_scale)
 
@@ -63,7 +63,7 @@ def backward_simulation(
     the caller's gradient mode.
 
     Args:
-        velocity: the generator, (x, sigma) -> velocity.
+        velocity: the generator, (x, sigma, level) -> velocity.
         noise: `[B, C, F, H, W]`, the chain's start at `sigmas[0]` = 1.
         sigmas: K + 1 descending noise levels, the last one 0.
         exit_index: in {0, ..., K - 1}; equal on all ranks, since it decides how many forwards they run.
@@ -79,9 +79,9 @@ def backward_simulation(
         sigma = _full(sigmas[i], x)
         known = first_velocity if i == 0 else None
         if i == exit_index:
-            return flow.x0_from_velocity(x, velocity(x, sigma) if known is None else known, sigma)
+            return flow.x0_from_velocity(x, velocity(x, sigma, sigmas[i]) if known is None else known, sigma)
         with torch.no_grad():
-            v = velocity(x, sigma) if known is None else known.detach()
+            v = velocity(x, sigma, sigmas[i]) if known is None else known.detach()
             next_sigma = _full(sigmas[i + 1], x)
             if renoise is None:
                 x = flow.euler_step(x, v, sigma, next_sigma)

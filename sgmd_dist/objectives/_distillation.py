@@ -16,7 +16,7 @@ from sgmd_dist.batch import Batch
 from sgmd_dist.motion import latent_motion
 from sgmd_dist.objectives.base import Losses, Phase, StepState, latents_of, per_sample_mean
 from sgmd_dist.recipe import ObjectiveSection, wrong
-from sgmd_dist.roles import Roles
+from sgmd_dist.roles import Role, Roles
 from sgmd_dist.rollout import GuidanceMode, backward_simulation, guided
 from sgmd_dist.schedule import AtLeastOne, Positive, UnitInterval, constant
 
@@ -77,11 +77,12 @@ class DistillationSection(ObjectiveSection):
 
 @dataclass(frozen=True)
 class Renoised:
-    """Samples brought to noise levels: x_sigma = (1 - sigma) x0 + sigma noise."""
+    """Samples brought to noise levels: x_sigma = (1 - sigma) x0 + sigma noise. `level`: see `flow`."""
 
     x_sigma: Tensor
     sigma: Tensor
     noise: Tensor
+    level: float
 
 
 class Distillation:
@@ -138,9 +139,10 @@ class Distillation:
             noise = draw_noise(purpose, batch, state, update)
             with torch.no_grad():
                 x_g = self._rollout(roles, batch, state, purpose, noise, None, update)
-        renoised = self.renoise(x_g, batch, state, "fake", update)
-        velocity = roles["fake_score"](renoised.x_sigma, renoised.sigma, batch.prompt_embeds)
-        loss = self.fake_loss(velocity, renoised.noise, x_g, state.step)
+        fake_score = roles["fake_score"]
+        at = self.renoise([fake_score], x_g, batch, state, "fake", update)
+        velocity = fake_score(at.x_sigma, at.sigma, batch.prompt_embeds, at.level)
+        loss = self.fake_loss(velocity, at.noise, x_g, state.step)
         return Losses(loss, {"fake_score/loss": loss.detach().mean()})
 
     def _rollout(
@@ -156,9 +158,10 @@ class Distillation:
         exit_index = self.exit_index(state, purpose, update)
         generator = guided(roles["generator"], batch.prompt_embeds, batch.negative_embeds, 1.0)
         if self.section.rollout == "data":
-            sigma = torch.full((batch.size,), self.sigmas[exit_index], device=noise.device)
+            level = self.sigmas[exit_index]
+            sigma = torch.full((batch.size,), level, device=noise.device)
             x = flow.add_noise(latents_of(batch, self.needs_latents), noise, sigma)
-            return flow.x0_from_velocity(x, generator(x, sigma), sigma)
+            return flow.x0_from_velocity(x, generator(x, sigma, level), sigma)
 
         def fresh_noise(i: int) -> Tensor:
             return draw_noise(f"{purpose}/renoise", batch, state, update, i)
@@ -179,24 +182,42 @@ class Distillation:
         order = rng.permutation(choices, state.seed, f"{purpose}/exit", state.step, round_number, update)
         return first + order[place]
 
-    def renoise(self, x_g: Tensor, batch: Batch, state: StepState, purpose: str, update: int = 0) -> Renoised:
-        """x_g at random noise levels with fresh noise, one level per sample; keeps x_g's graph."""
+    def renoise(
+        self, roles: Sequence[Role], x_g: Tensor, batch: Batch, state: StepState, purpose: str, update: int = 0
+    ) -> Renoised:
+        """x_g at random noise levels with fresh noise, one level per sample; keeps x_g's graph.
+
+        Args:
+            roles: those to be run at these levels: one expert of each serves the whole batch.
+        """
+        section = self.section
+        levels = (section.sigma_shift, section.sigma_min.at(state.step), section.sigma_max.at(state.step))
+        boundaries = {boundary for role in roles for boundary in role.boundaries}
+        parts = flow.renoise_sections(boundaries, *levels)
+        steps = parts[0] if len(parts) == 1 else self._expert_draw(parts, state, purpose, update)
         u = rng.sample_uniform(state.seed, f"{purpose}/sigma", batch.ids, update, device=x_g.device)
-        low, high = self.section.sigma_min.at(state.step), self.section.sigma_max.at(state.step)
-        sigma = flow.renoise_sigma(u, self.section.sigma_shift, low, high).float()
+        sigma = flow.renoise_sigma(u, *levels, steps).float()
         noise = draw_noise(f"{purpose}/noise", batch, state, update)
-        return Renoised(flow.add_noise(x_g, noise, sigma), sigma, noise)
+        level = flow.renoise_level(steps.start, *levels)
+        return Renoised(flow.add_noise(x_g, noise, sigma), sigma, noise, level)
+
+    def _expert_draw(self, parts: Sequence[range], state: StepState, purpose: str, update: int) -> range:
+        """The timesteps of one expert, by their probability: a draw per exit group, equal on all ranks, since it
+        decides whose weights they gather."""
+        group = state.group(self.section.exit_groups)
+        drawn = rng.integer(flow.NUM_TRAIN_TIMESTEPS, state.seed, f"{purpose}/expert", state.step, group, update)
+        return next(part for part in parts if drawn in part)
 
     def scores(self, roles: Roles, batch: Batch, state: StepState, at: Renoised) -> tuple[Tensor, Tensor]:
         """x0-predictions (fake, guided teacher) at `at.x_sigma`; the teacher's without gradient."""
-        fake = roles["fake_score"](at.x_sigma, at.sigma, batch.prompt_embeds)
+        fake = roles["fake_score"](at.x_sigma, at.sigma, batch.prompt_embeds, at.level)
         with torch.no_grad():
-            teacher = self.teacher_velocity(roles, batch, state)(at.x_sigma.detach(), at.sigma)
+            teacher = self.teacher_velocity(roles, batch, state)(at.x_sigma.detach(), at.sigma, at.level)
         x0_fake = flow.x0_from_velocity(at.x_sigma, fake, at.sigma)
         return x0_fake, flow.x0_from_velocity(at.x_sigma.detach(), teacher, at.sigma)
 
     def teacher_velocity(self, roles: Roles, batch: Batch, state: StepState) -> flow.Velocity:
-        """The guided teacher as a function of (x, sigma)."""
+        """The guided teacher as a function of (x, sigma, level)."""
         scale = self.section.guidance_scale.at(state.step)
         return guided(roles["teacher"], batch.prompt_embeds, batch.negative_embeds, scale, self.section.guidance)
 

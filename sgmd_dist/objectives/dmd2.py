@@ -53,7 +53,7 @@ class Dmd2(Distillation):
 
     def generator_loss(self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor) -> Losses:
         with torch.no_grad():
-            at = self.renoise(x_g, batch, state, "generator")
+            at = self.renoise([roles["fake_score"], roles["teacher"]], x_g, batch, state, "generator")
             x0_fake, x0_teacher = self.scores(roles, batch, state, at)
             n = teacher_distance(x_g, x0_teacher)
             gradient = dmd_gradient(x0_fake, x0_teacher, n)

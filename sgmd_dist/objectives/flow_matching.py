@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -52,12 +53,22 @@ class FlowMatching:
     def _loss(self, roles: Roles, batch: Batch, state: StepState) -> Losses:
         x0, seed = latents_of(batch, self.needs_latents), state.seed
         device = x0.device
+        generator = roles["generator"]
         noise = rng.sample_normal(batch.latent_shape, seed, "flow/noise", batch.ids, device=device)
+        lowest, highest = self._levels(generator.boundaries, state)
         u = rng.sample_uniform(seed, "flow/sigma", batch.ids, device=device)
-        sigma = flow.shift_sigma(u, self.section.sigma_shift).float()
-        velocity = roles["generator"](flow.add_noise(x0, noise, sigma), sigma, self._captions(batch, seed))
+        sigma = flow.shifted_sigma(u, self.section.sigma_shift, lowest, highest)
+        velocity = generator(flow.add_noise(x0, noise, sigma), sigma, self._captions(batch, seed), lowest)
         loss = flow_matching_loss(velocity, x0, noise)
         return Losses(loss, {"generator/loss": loss.detach().mean()})
+
+    def _levels(self, boundaries: Sequence[float], state: StepState) -> tuple[float, float]:
+        """The noise levels of one expert, by their probability: a draw per exit group, equal on all ranks, since it
+        decides whose weights they gather. All levels where there are no experts."""
+        group = state.group(self.section.exit_groups)
+        u = rng.uniform(state.seed, "flow/expert", state.step, group)
+        drawn = flow.shift_sigma(u, self.section.sigma_shift)
+        return next(levels for levels in pairwise((0.0, *boundaries, 1.0)) if drawn < levels[1] or levels[1] == 1)
 
     def _captions(self, batch: Batch, seed: int) -> Tensor:
         u = rng.sample_uniform(seed, "flow/caption_dropout", batch.ids, device=batch.prompt_embeds.device)

@@ -102,7 +102,7 @@ class Sgmd(Distillation):
     section: Section
 
     def generator_loss(self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor) -> Losses:
-        at = self.renoise(x_g, batch, state, "generator")
+        at = self.renoise([roles["fake_score"], roles["teacher"]], x_g, batch, state, "generator")
         x0_fake, x0_teacher = self.scores(roles, batch, state, at)
         n = teacher_distance(x_g, x0_teacher)
         fisher_weight, nr_weight = self.section.fisher_weight.at(state.step), self.section.nr_weight.at(state.step)
@@ -132,7 +132,7 @@ class Sgmd(Distillation):
         if weight == 0:
             return None
         target = self._diversity_target(roles, batch, state, noise)
-        velocity = roles["generator"](noise, torch.ones(batch.size, device=noise.device), batch.prompt_embeds)
+        velocity = roles["generator"](noise, torch.ones(batch.size, device=noise.device), batch.prompt_embeds, 1.0)
         return ExtraLoss(per_sample_mean((velocity - target) ** 2), weight, velocity)
 
     @torch.no_grad()

@@ -104,9 +104,10 @@ def test_renoise_levels_at_the_ends_of_the_draw() -> None:
 def test_integrate_visits_every_level_but_the_last() -> None:
     seen: list[float] = []
 
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+    def velocity(x: Tensor, sigma: Tensor, level: float) -> Tensor:
         assert sigma.shape == (3,) and sigma.dtype == torch.float32 and (sigma == sigma[0]).all()
-        seen.append(sigma[0].item())
+        seen.append(level)
+        assert sigma[0] == level
         return 2 * x
 
     x, _ = pair()
@@ -119,7 +120,7 @@ def test_integrate_follows_the_flow_of_a_gaussian() -> None:
     """x0 ~ N(0, s²) has the flow map x_0 = s x_1; Euler's error falls like 1 / num_steps."""
     s = 0.3
 
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+    def velocity(x: Tensor, sigma: Tensor, level: float) -> Tensor:
         a = flow.expand(1 - sigma, x)
         return x * (flow.expand(sigma, x) - a * s**2) / (a**2 * s**2 + flow.expand(sigma, x) ** 2)
 

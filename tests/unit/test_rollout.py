@@ -21,8 +21,8 @@ class Generator:
         self.sigmas: list[float] = []
         self.with_graph: list[bool] = []
 
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        assert sigma.shape == (len(x),) and (sigma == sigma[0]).all()
+    def __call__(self, x: Tensor, sigma: Tensor, level: float) -> Tensor:
+        assert sigma.shape == (len(x),) and (sigma == level).all()
         self.sigmas.append(sigma[0].item())
         velocity = self.bare(x, sigma[0].item())
         self.with_graph.append(velocity.requires_grad)
@@ -111,6 +111,7 @@ def test_the_last_exit_is_what_sampling_gives() -> None:
 
 PROMPT = torch.arange(2 * 4 * 3, dtype=torch.float64).reshape(2, 4, 3)
 NEGATIVE = -torch.ones(1, 4, 3, dtype=torch.float64)
+LEVEL = 0.1
 
 
 class Conditional:
@@ -119,8 +120,8 @@ class Conditional:
     def __init__(self) -> None:
         self.batch_sizes: list[int] = []
 
-    def __call__(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
-        assert len(x) == len(sigma) == len(text)
+    def __call__(self, x: Tensor, sigma: Tensor, text: Tensor, level: float) -> Tensor:
+        assert len(x) == len(sigma) == len(text) and level == LEVEL
         self.batch_sizes.append(len(x))
         return torch.sin(x) + flow.expand(sigma * text.mean((1, 2)), x)
 
@@ -128,7 +129,7 @@ class Conditional:
 @pytest.mark.parametrize("mode, batch_sizes", [("batched", [4]), ("separate", [2, 2])])
 def test_guidance_is_the_same_in_one_forward_or_two(mode, batch_sizes: list[int]) -> None:
     network, sigma = Conditional(), torch.tensor([0.3, 0.9], dtype=torch.float64)
-    velocity = guided(network, PROMPT, NEGATIVE, 3.0, mode)(normal(), sigma)
+    velocity = guided(network, PROMPT, NEGATIVE, 3.0, mode)(normal(), sigma, LEVEL)
     assert network.batch_sizes == batch_sizes
     means = PROMPT.mean((1, 2))
     expected = torch.sin(normal()) + flow.expand(sigma * (-1 + 3 * (means + 1)), normal())
@@ -138,6 +139,6 @@ def test_guidance_is_the_same_in_one_forward_or_two(mode, batch_sizes: list[int]
 @pytest.mark.parametrize("mode", ["batched", "separate"])
 def test_no_guidance_is_one_forward_on_the_prompt(mode) -> None:
     network, sigma = Conditional(), torch.tensor([0.3, 0.9], dtype=torch.float64)
-    velocity = guided(network, PROMPT, NEGATIVE, 1.0, mode)(normal(), sigma)
+    velocity = guided(network, PROMPT, NEGATIVE, 1.0, mode)(normal(), sigma, LEVEL)
     assert network.batch_sizes == [2]
     torch.testing.assert_close(velocity, torch.sin(normal()) + flow.expand(sigma * PROMPT.mean((1, 2)), normal()))

@@ -24,6 +24,8 @@ class Network(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
+        self.boundaries: tuple[float, ...] = ()
+        self.levels: list[float] = []
         draw = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(torch.randn(4, dtype=torch.float64, generator=draw))
         self.x: list[Tensor] = []
@@ -31,8 +33,9 @@ class Network(nn.Module):
         self.text: list[Tensor] = []
         self.graph: list[bool] = []
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def forward(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float) -> Tensor:
         self.x.append(x_sigma.detach().clone())
+        self.levels.append(level)
         self.sigma.append(sigma)
         self.text.append(prompt_embeds)
         velocity = self.bare(x_sigma, sigma, prompt_embeds)
