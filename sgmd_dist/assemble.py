@@ -65,7 +65,7 @@ def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dic
         materialize(module, model, mesh.device, offload=_is_offloaded(recipe, name))
         _fill_with_weights(name, module, model, recipe.run.seed)
         networks[name] = (module, model)
-    share_streams(module for module, _ in networks.values())
+    share_streams(network for module, model in networks.values() for network in model.networks(module))
     return networks
 
 

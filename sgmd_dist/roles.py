@@ -33,7 +33,7 @@ class Ema:
 class Role:
     """One network: its module, and for a trained role its optimizer and, for the generator, an EMA.
 
-    A role is called as a network: `role(x_sigma, sigma, prompt_embeds)` gives the velocity in float32.
+    A role is called as a network: `role(x_sigma, sigma, prompt_embeds, level)` gives the velocity in float32.
     """
 
     def __init__(self, name: str, module: nn.Module, model: VideoModel, *, recomputes: bool = False) -> None:
@@ -46,9 +46,9 @@ class Role:
         self._recomputes = recomputes
         self._lr: AdamWSection | None = None
 
-    def __call__(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def __call__(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
         self.passes += x_sigma.shape[0] * self._cost(x_sigma)
-        return self.model.velocity(self.module, x_sigma, sigma, prompt_embeds)
+        return self.model.velocity(self.module, x_sigma, sigma, prompt_embeds, level)
 
     def _cost(self, x_sigma: Tensor) -> int:
         """Passes per sample that this call leads to: forward 1, recompute 1, input and weight gradients 1 each."""
@@ -61,6 +61,11 @@ class Role:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that training this role changes, by their names in the module."""
         return dict(self.module.named_parameters())
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """The noise levels from which the network's next expert serves; none without experts."""
+        return self.model.boundaries
 
     @property
     def is_training(self) -> bool:
@@ -128,7 +133,7 @@ class Roles(Mapping[str, Role]):
 
     @torch.no_grad()
     def warm_up(self, device: torch.device) -> None:
-        """Run every network once with trainable weights, then freeze all.
+        """Run every network, of a model with experts each, once with trainable weights, then freeze all.
 
         FSDP2 settles a module's dtypes and streams at its first forward, from the parameters that require
         gradients then: a network first run frozen could not be trained later.
@@ -137,7 +142,8 @@ class Roles(Mapping[str, Role]):
             role.set_requires_grad(True)
             x = torch.zeros(1, *role.model.smallest_latents(), device=device)
             text = torch.zeros(1, WARM_UP_TOKENS, role.model.text_dim(), device=device)
-            role(x, torch.ones(1, device=device), text)
+            for level in (0.0, *role.boundaries):
+                role(x, torch.full((1,), level, device=device), text, level)
             role.set_requires_grad(False)
             role.passes = 0.0
 

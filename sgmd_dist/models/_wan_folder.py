@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffusers import WanTransformer3DModel
 
 from sgmd_dist.errors import UserError
+from sgmd_dist.models._wan_experts import FOLDERS, INDEX
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_INDEX = f"{_WEIGHTS}.index.json"
-_SUPPORTED = "supported are Wan2.1 T2V and Wan2.2 TI2V-5B"
+_WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
+_SUPPORTED = "supported are Wan2.1 T2V, Wan2.2 TI2V-5B and Wan2.2 T2V-A14B"
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,26 @@ class WanFolder:
     """A transformer's folder, its constructor's arguments and its weights.
 
     `expand_timesteps`: what the pipeline that the folder lies in says; False without one.
+    `boundary_ratio`: the noise level from which this transformer serves, where the pipeline has a second one for those
+    below, whose weights are `low_noise_files`; None with one transformer.
     """
 
     path: Path
     config: dict[str, Any]
     weight_files: list[Path]
     expand_timesteps: bool
+    boundary_ratio: float | None = None
+    low_noise_files: list[Path] = field(default_factory=list)
 
 
-def read_folder(pretrained: Path, key: str) -> WanFolder:
+def read_folder(pretrained: Path, key: str, boundary_ratio: float | None = None) -> WanFolder:
     """Read everything about a pipeline's or a transformer's folder but the weights themselves.
+
+    The folder of a pipeline's transformer, either of two, stands for the pipeline.
 
     Args:
         key: the recipe key that gave `pretrained`, for messages.
+        boundary_ratio: takes the place of the pipeline's own.
 
     Raises:
         UserError: something is missing or broken, or it is another kind of model.
@@ -44,9 +52,50 @@ def read_folder(pretrained: Path, key: str) -> WanFolder:
             f"{key} = '{pretrained}': no such folder (working directory {Path.cwd()}); download the model's diffusers"
             f" folder there, or set {key}=PATH"
         )
-    folder = pretrained / "transformer" if (pretrained / "transformer").is_dir() else pretrained
+    folder = pretrained / FOLDERS["high"] if (pretrained / FOLDERS["high"]).is_dir() else pretrained
     where = f"{key} = '{pretrained}'"
-    return WanFolder(folder, _config(folder, where), _weight_files(folder, where), _expand_timesteps(folder, where))
+    index = _pipeline_index(folder, where)
+    boundary = _boundary(index, boundary_ratio, folder.parent / INDEX, where)
+    if boundary is None:
+        return WanFolder(folder, _config(folder, where), _weight_files(folder, where), _expands(index, folder, where))
+    high, low = (folder.parent / name for name in (FOLDERS["high"], FOLDERS["low"]))
+    for part in (high, low):
+        if not part.is_dir():
+            mend = "download the missing one" if boundary_ratio is None else "set model.boundary_ratio=null"
+            raise UserError(
+                f"{where}: no {part}: with boundary_ratio = {boundary:g} a pipeline has two transformers,"
+                f" {high.name} and {low.name}; {mend}"
+            )
+    config = _config(high, where)
+    _refuse_different(config, _config(low, where), where)
+    files = _weight_files(high, where), _weight_files(low, where)
+    return WanFolder(high, config, files[0], _expands(index, high, where), boundary, files[1])
+
+
+def _boundary(index: dict[str, Any], chosen: float | None, path: Path, where: str) -> float | None:
+    """The boundary ratio between two transformers; None for a pipeline of one."""
+    found = index.get("boundary_ratio")
+    if chosen is not None:
+        return chosen
+    if found is None:
+        if index.get(FOLDERS["low"]) not in (None, [None, None]):
+            raise UserError(
+                f"{where}: {path} names {FOLDERS['low']} and no boundary_ratio; set model.boundary_ratio to the noise"
+                " level at which the two take turns, 0.875 for Wan2.2-T2V-A14B"
+            )
+        return None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < 1:
+        raise UserError(f"{where}: {path} has boundary_ratio = {json.dumps(found)}, expected a number between 0 and 1")
+    return float(found)
+
+
+def _refuse_different(high: dict[str, Any], low: dict[str, Any], where: str) -> None:
+    differences = [f"{name} = {high[name]} and {low.get(name)}" for name in high if high[name] != low.get(name)]
+    if differences:
+        raise UserError(
+            f"{where}: {FOLDERS['high']} and {FOLDERS['low']} have {', '.join(differences)}: expected two networks of"
+            " one architecture"
+        )
 
 
 def _config(folder: Path, where: str) -> dict[str, Any]:
@@ -73,26 +122,23 @@ def _refuse_image_to_video(config: dict[str, Any], path: Path, where: str) -> No
         raise UserError(f"{where}: {path} has {', '.join(found)}: an image-to-video model; {_SUPPORTED}")
 
 
-def _expand_timesteps(folder: Path, where: str) -> bool:
-    path = folder.parent / "model_index.json"
-    if not path.exists():
-        return False
-    index = _read_object(path, where)
-    second = index.get("transformer_2")
-    if second not in (None, [None, None]) or index.get("boundary_ratio") is not None:
-        raise UserError(
-            f"{where}: {path} has transformer_2 = {json.dumps(second)} and boundary_ratio ="
-            f" {json.dumps(index.get('boundary_ratio'))}: a model of two transformers, as Wan2.2-A14B; {_SUPPORTED}"
-        )
+def _pipeline_index(folder: Path, where: str) -> dict[str, Any]:
+    """What the pipeline of a transformer's folder says of itself; nothing without one."""
+    path = folder.parent / INDEX
+    return _read_object(path, where) if path.exists() else {}
+
+
+def _expands(index: dict[str, Any], folder: Path, where: str) -> bool:
     expand = index.get("expand_timesteps")
     if not isinstance(expand, bool | None):
+        path = folder.parent / INDEX
         raise UserError(f"{where}: {path} has expand_timesteps = {json.dumps(expand)}, expected true or false")
     return bool(expand)
 
 
 def _weight_files(folder: Path, where: str) -> list[Path]:
-    if (folder / _INDEX).exists():
-        return _indexed_files(folder / _INDEX, where)
+    if (folder / _WEIGHTS_INDEX).exists():
+        return _indexed_files(folder / _WEIGHTS_INDEX, where)
     if (folder / _WEIGHTS).exists():
         return [folder / _WEIGHTS]
     found = sorted(folder.glob("*.safetensors"))
@@ -101,7 +147,7 @@ def _weight_files(folder: Path, where: str) -> list[Path]:
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UserError(
-            f"{where}: {folder} holds {names}, and neither {_WEIGHTS} nor {_INDEX}; add the one that is meant"
+            f"{where}: {folder} holds {names}, and neither {_WEIGHTS} nor {_WEIGHTS_INDEX}; add the one that is meant"
         )
     return found
 

@@ -50,17 +50,32 @@ class SequenceAxis(Protocol):
 
 
 class VideoModel(Protocol):
-    """One network architecture with its conventions."""
+    """One network architecture with its conventions.
+
+    A model may have experts: networks of one architecture inside its module, of which a forward pass runs the one that
+    serves the batch's noise levels.
+
+    Attributes:
+        boundaries: the noise levels in (0, 1), ascending, from which the next expert serves; none with one network.
+    """
 
     config: dict[str, Any]
     compute_dtype: torch.dtype
+    boundaries: tuple[float, ...]
 
     def build(self) -> nn.Module:
         """The network, on the current default device (`torch.device("meta")` as a context builds it empty)."""
         ...
 
-    def blocks(self, module: nn.Module) -> list[nn.Module]:
-        """The repeated blocks, in forward order: the units of checkpointing, compilation and sharding."""
+    def networks(self, module: nn.Module) -> list[nn.Module]:
+        """The networks in `module` that run by themselves, from the lowest noise levels up: `module`, or its experts.
+
+        Each is sharded as a whole of its own, so that a forward pass gathers the network that it runs and no other.
+        """
+        ...
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """A network's repeated blocks, in forward order: the units of checkpointing, compilation and sharding."""
         ...
 
     def attach(self, module: nn.Module, axis: SequenceAxis) -> None:
@@ -100,13 +115,17 @@ class VideoModel(Protocol):
         """
         ...
 
-    def velocity(self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def velocity(
+        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
+    ) -> Tensor:
         """Run the network.
 
         Args:
             latents: `[B, C, F, H, W]`, any float dtype; cast to the compute dtype here.
             sigma: `[B]` noise levels in [0, 1], float32.
             prompt_embeds: `[B, T, D]`.
+            level: any noise level that the same expert serves as all of `sigma`, equal on all ranks. A model with
+                experts chooses by it and needs it; see `sgmd_dist.flow`.
 
         Returns:
             The velocity `[B, C, F, H, W]`, float32.

@@ -1,4 +1,4 @@
-"""The Wan family on diffusers' `WanTransformer3DModel`: 2.1 T2V 1.3B and 14B, 2.2 TI2V-5B."""
+"""The Wan family on diffusers' `WanTransformer3DModel`: 2.1 T2V 1.3B and 14B, 2.2 TI2V-5B and T2V-A14B."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sgmd_dist import rng
 from sgmd_dist.errors import UserError
 from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
 from sgmd_dist.models._wan_attention import attach
+from sgmd_dist.models._wan_experts import WanExperts
 from sgmd_dist.models._wan_folder import read_folder
 from sgmd_dist.models._wan_fused import fuse
 from sgmd_dist.models.base import AttentionShape, LatentShape, SequenceAxis
@@ -75,14 +76,17 @@ class Section(ModelSection):
     `config` describes the network: without `pretrained` one of random weights, beside it the one that the folder must
     hold, so that a run can be planned on a machine without the folder. `expand_timesteps` hands the network one
     timestep per token (Wan2.2 TI2V-5B); by default the pretrained pipeline's model_index.json decides.
+    It also decides on `boundary_ratio`, the noise level that parts the two transformers of Wan2.2-A14B; without a
+    folder a number makes two of them.
     """
 
     family: Literal["wan"] = "wan"
     config: WanConfig | None = None
     expand_timesteps: bool | None = None
+    boundary_ratio: float | None = Field(None, gt=0, lt=1)
 
 
-def build(section: Section, pretrained: str | None, key: str) -> Wan:
+def build(section: Section, pretrained: str | None, key: str) -> Wan | WanExperts:
     """The family's `VideoModel` for one role.
 
     Args:
@@ -97,18 +101,23 @@ def build(section: Section, pretrained: str | None, key: str) -> Wan:
     if pretrained is None:
         if section.config is None:
             raise UserError(f"{key}: neither {key} nor model.config is set; give a diffusers folder or a config")
-        compute_dtype = _DTYPES[section.compute_dtype]
-        return Wan(section.config.model_dump(), None, [], bool(section.expand_timesteps), compute_dtype)
-    found = read_folder(Path(pretrained), key)
+        wan = Wan(section.config.model_dump(), None, [], bool(section.expand_timesteps), _DTYPES[section.compute_dtype])
+        boundary = section.boundary_ratio
+        return wan if boundary is None else WanExperts(wan, {}, boundary, wan.expand_timesteps)
+    found = read_folder(Path(pretrained), key, section.boundary_ratio)
     expand = found.expand_timesteps if section.expand_timesteps is None else section.expand_timesteps
     where = f"{key} = '{pretrained}': {found.path / 'config.json'}"
     checked = _checked(found.config, where)
     if section.config is not None and pretrained == section.pretrained:
         _compare(checked, section.config.model_dump(), where)
-    return Wan({**found.config, **checked}, found.path, found.weight_files, expand, _DTYPES[section.compute_dtype])
+    wan = Wan({**found.config, **checked}, found.path, found.weight_files, expand, _DTYPES[section.compute_dtype])
+    if found.boundary_ratio is None:
+        return wan
+    files = {"high": found.weight_files, "low": found.low_noise_files}
+    return WanExperts(wan, files, found.boundary_ratio, expand)
 
 
-def architecture(section: Section, pretrained: str | None, key: str) -> Wan:
+def architecture(section: Section, pretrained: str | None, key: str) -> Wan | WanExperts:
     """As `build`, for what needs no weights: where the folder is not there, `model.config` says what it would hold.
 
     Raises:
@@ -143,6 +152,8 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
 class Wan:
     """A Wan transformer's architecture and conventions; see `sgmd_dist.models.base.VideoModel`."""
 
+    boundaries: tuple[float, ...] = ()
+
     def __init__(
         self,
         config: dict[str, Any],
@@ -160,8 +171,11 @@ class Wan:
     def build(self) -> nn.Module:
         return cast(nn.Module, WanTransformer3DModel.from_config(self.config))
 
-    def blocks(self, module: nn.Module) -> list[nn.Module]:
-        return list(module.blocks)  # pyright: ignore[reportArgumentType]
+    def networks(self, module: nn.Module) -> list[nn.Module]:
+        return [module]
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        return list(network.blocks)  # pyright: ignore[reportArgumentType]
 
     def attach(self, module: nn.Module, axis: SequenceAxis) -> None:
         attach(module, axis)
@@ -202,7 +216,9 @@ class Wan:
     def weight_files(self) -> dict[str, list[Path]]:
         return {"": self._weight_files} if self._weight_files else {}
 
-    def velocity(self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def velocity(
+        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
+    ) -> Tensor:
         output = module(
             hidden_states=latents.to(self.compute_dtype),
             timestep=self._timestep(latents, sigma),

@@ -46,7 +46,7 @@ def parallelize(
     compute_dtype: torch.dtype,
     offload: bool = False,
 ) -> nn.Module:
-    """Split the sequence, checkpoint, compile and shard the blocks, then the root.
+    """Split the sequence, checkpoint, compile and shard the blocks, then each network as a root of its own.
 
     Args:
         module: the network on the meta device, in the dtype of its sharded parameters; it stays there.
@@ -62,8 +62,8 @@ def parallelize(
     if dispatch.fused(section.kernels, mesh.device.type, dispatch.triton_installed()):
         model.fuse(module)
         _log_once("blocks run fused Triton kernels")
-    blocks = model.blocks(module)
-    for block in blocks:
+    networks = model.networks(module)
+    for block in (block for network in networks for block in model.blocks(network)):
         _RECOMPUTE[section.activation_checkpointing](block)
         if section.compile:
             block.compile()
@@ -74,10 +74,12 @@ def parallelize(
         mp_policy=MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy(),
     )
-    for block in blocks:
-        shard(block, reshard_after_forward=section.reshard_after_forward)
-    shard(module, reshard_after_forward=True)
-    _prefetch(module, blocks, section.forward_prefetch, section.backward_prefetch)
+    for network in networks:
+        blocks = model.blocks(network)
+        for block in blocks:
+            shard(block, reshard_after_forward=section.reshard_after_forward)
+        shard(network, reshard_after_forward=True)
+        _prefetch(network, blocks, section.forward_prefetch, section.backward_prefetch)
     return module
 
 

@@ -24,9 +24,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def random_wan(**changes: Any) -> WanTransformer3DModel:
+def random_wan(seed: int = 0, **changes: Any) -> WanTransformer3DModel:
     """A tiny Wan in eval mode whose parameters are all random, also those that diffusers sets to one or zero."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     module = WanTransformer3DModel(**(CONFIG | changes)).eval()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -59,4 +59,22 @@ def pipeline_folder(wan: WanTransformer3DModel, tmp_path: Path) -> Path:
     folder = tmp_path / "pipeline"
     wan.save_pretrained(folder / "transformer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "expand_timesteps": False}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experts() -> dict[str, WanTransformer3DModel]:
+    """Two tiny Wans of one architecture, by the name of the expert."""
+    return {name: random_wan(seed=seed).requires_grad_(False) for name, seed in (("high", 1), ("low", 2))}
+
+
+@pytest.fixture
+def pair_folder(experts: dict[str, WanTransformer3DModel], tmp_path: Path) -> Path:
+    """The folder of a pipeline with two transformers, as Wan2.2-A14B's."""
+    folder = tmp_path / "pair"
+    experts["high"].save_pretrained(folder / "transformer")
+    experts["low"].save_pretrained(folder / "transformer_2", max_shard_size="20KB")
+    kind = ["diffusers", "WanTransformer3DModel"]
+    index = {"_class_name": "WanPipeline", "transformer": kind, "transformer_2": kind, "boundary_ratio": 0.875}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
