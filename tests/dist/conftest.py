@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,18 +18,35 @@ REPO = Path(__file__).parents[2]
 WORLD = World(num_frames=3, height=8, width=8, speeds=(0.5, 1.0))
 
 
-@pytest.fixture(scope="session")
-def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with a two-block Wan of random weights and the shipped tiny text encoder."""
-    folder = tmp_path_factory.mktemp("wan")
-    torch.manual_seed(0)
+def save_random_wan(folder: Path, seed: int) -> None:
+    """A two-block Wan of random weights."""
+    torch.manual_seed(seed)
     module = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=3, out_channels=3, text_dim=32,
         freq_dim=16, ffn_dim=40, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
-    module.save_pretrained(folder / "transformer")
+    module.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with a two-block Wan of random weights and the shipped tiny text encoder."""
+    folder = tmp_path_factory.mktemp("wan")
+    save_random_wan(folder / "transformer", seed=0)
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(REPO / "recipes/tiny_wan" / part, folder / part)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair_folder(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path) -> Path:
+    """The same with a second transformer for noise levels below 0.875, as Wan2.2-A14B's."""
+    folder = tmp_path_factory.mktemp("pair") / "wan"
+    shutil.copytree(wan_folder, folder)
+    save_random_wan(folder / "transformer_2", seed=1)
+    kind = ["diffusers", "WanTransformer3DModel"]
+    index = {"_class_name": "WanPipeline", "transformer": kind, "transformer_2": kind, "boundary_ratio": 0.875}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pathlib import Path
+
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
@@ -18,6 +20,7 @@ from sgmd_dist.data.stream import Stream
 from sgmd_dist.recipe import Recipe
 
 SIGMAS = (1.0, 0.9375, 5 / 6, 0.625, 0.0)
+BOUNDARY = 0.875  # of a pipeline with two transformers
 
 
 @dataclass
@@ -27,10 +30,10 @@ class Reference:
     recipe: Recipe
 
     def __post_init__(self) -> None:
-        folder = f"{self.recipe.model.pretrained}/transformer"
-        self.teacher = WanTransformer3DModel.from_pretrained(folder).requires_grad_(False)
-        self.generator = WanTransformer3DModel.from_pretrained(folder)
-        self.fake_score = WanTransformer3DModel.from_pretrained(folder)
+        self.teacher = self.network().requires_grad_(False)
+        self.generator = self.network()
+        self.fake_score = self.network()
+        self.place = (0, 0)  # of the current micro-batch: step and unit
         self.ema = {name: p.detach().clone() for name, p in self.generator.named_parameters()}
         self.optimizers = {"generator": self._adamw("generator"), "fake_score": self._adamw("fake_score")}
         data = self.recipe.data
@@ -39,6 +42,15 @@ class Reference:
             lanes=data.lanes, window=data.window, text_tokens=self.recipe.model.text_tokens,
         )  # fmt: skip
         self.num_units = data.global_batch_size // data.micro_batch_size
+
+    def network(self) -> torch.nn.Module:
+        """A pipeline's transformer, or both by name."""
+        folder = Path(self.recipe.model.pretrained)
+        high = WanTransformer3DModel.from_pretrained(folder / "transformer")
+        if not (folder / "transformer_2").exists():
+            return high
+        low = WanTransformer3DModel.from_pretrained(folder / "transformer_2")
+        return torch.nn.ModuleDict({"high": high, "low": low})
 
     def _adamw(self, name: str) -> torch.optim.AdamW:
         section = getattr(self.recipe.optim, name)
@@ -58,7 +70,7 @@ class Reference:
     def step(self, step: int) -> None:
         objective, batches, samples = self.recipe.objective, [], []
         for unit in range(self.num_units):
-            batch = self.stream.next()
+            batch, self.place = self.stream.next(), (step, unit)
             x_g, extra = self.rollout(batch, step, unit, "rollout", 0)
             loss = getattr(self, f"{objective.name}_loss")(batch, x_g) + extra
             (loss / self.num_units).backward()
@@ -71,7 +83,7 @@ class Reference:
             self.ema[name] = decay * self.ema[name] + (1 - decay) * p.detach()
         for update in range(round(objective.fake_updates.at(step))):
             for unit in range(self.num_units):
-                batch, x_g = batches[unit], samples[unit]
+                batch, x_g, self.place = batches[unit], samples[unit], (step, unit)
                 if objective.inner_sample == "fresh":
                     batch = self.stream.next()
                     with torch.no_grad():
@@ -85,6 +97,9 @@ class Reference:
         self.optimizers[name].zero_grad()
 
     def velocity(self, network: torch.nn.Module, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        if isinstance(network, torch.nn.ModuleDict):
+            [name] = {"high" if s >= BOUNDARY else "low" for s in sigma.tolist()}
+            network = network[name]
         return network(x, 1000 * sigma, text.float(), return_dict=False)[0]
 
     def guided_velocity(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
@@ -129,11 +144,22 @@ class Reference:
 
     def renoise(self, x_g: Tensor, batch: Batch, purpose: str, update: int) -> tuple[Tensor, Tensor, Tensor]:
         u = [rng.uniform(self.recipe.run.seed, f"{purpose}/sigma", i.epoch, i.unit, i.index, update) for i in batch.ids]
-        t = [(int(1000 * value) + 1) / 1000 for value in u]
+        levels = self.levels(purpose, update)
+        t = [levels[int(len(levels) * value)] for value in u]
         sigma = torch.tensor([min(max(5 * value / (1 + 4 * value), 0.02), 0.98) for value in t])
         noise = self.noise(f"{purpose}/noise", batch, update)
         s = sigma[:, None, None, None, None]
         return (1 - s) * x_g + s * noise, sigma, noise
+
+    def levels(self, purpose: str, update: int) -> list[float]:
+        """The times that a micro-batch draws from: all thousand, or those of the transformer that is drawn first."""
+        times = [i / 1000 for i in range(1, 1001)]
+        if not isinstance(self.teacher, torch.nn.ModuleDict):
+            return times
+        step, unit = self.place
+        group = unit * self.recipe.objective.exit_groups // self.num_units
+        drawn = times[rng.integer(1000, self.recipe.run.seed, f"{purpose}/expert", step, group, update)]
+        return [t for t in times if (5 * t / (1 + 4 * t) >= BOUNDARY) == (5 * drawn / (1 + 4 * drawn) >= BOUNDARY)]
 
     def predictions(self, x: Tensor, sigma: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         s = sigma[:, None, None, None, None]

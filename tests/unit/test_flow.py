@@ -101,6 +101,76 @@ def test_renoise_levels_at_the_ends_of_the_draw() -> None:
     assert flow.renoise_sigma(ends, 1.0, 0.0, 1.0).tolist() == [0.001, 1.0], "no level is 0"
 
 
+# Levels of models with experts
+
+RENOISE = (5.0, 0.02, 0.98)  # shift, sigma_min, sigma_max
+BOUNDARIES = [(), (0.875,), (0.9,), (0.5,), (0.5, 0.875), (0.02,), (0.98,), (0.99,), (0.01,), (0.3, 0.300001)]
+
+
+def grid_levels(steps: range) -> list[float]:
+    u = (torch.arange(len(steps), dtype=torch.float64) + 0.5) / len(steps)
+    return flow.renoise_sigma(u, *RENOISE, steps).float().tolist()
+
+
+@pytest.mark.parametrize("boundaries", BOUNDARIES)
+def test_sections_part_the_renoise_levels_at_the_boundaries(boundaries: tuple[float, ...]) -> None:
+    """The same 1000 levels as without experts, each once, and all of a section on the same side of every boundary."""
+    sections = flow.renoise_sections(boundaries, *RENOISE)
+    levels = [grid_levels(section) for section in sections]
+    assert [level for part in levels for level in part] == grid_levels(flow.ALL_STEPS)
+    sides = [{tuple(flow.reaches(level, b) for b in boundaries) for level in section} for section in levels]
+    assert all(len(side) == 1 for side in sides)
+    assert len(set().union(*sides)) == len(sections), "no side is in two sections"
+
+
+def test_without_boundaries_all_levels_are_one_section() -> None:
+    assert flow.renoise_sections((), *RENOISE) == [flow.ALL_STEPS]
+    u = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = (torch.floor(u * 1000) + 1) / 1000
+    assert torch.equal(flow.renoise_sigma(u, *RENOISE), (5 * t / (1 + 4 * t)).clamp(0.02, 0.98))
+
+
+def test_sections_of_wan_a14b() -> None:
+    """5 t / (1 + 4 t) reaches 0.875 at t = 7/12: 583 timesteps below, 417 above."""
+    assert flow.renoise_sections([0.875], *RENOISE) == [range(583), range(583, 1000)]
+
+
+@pytest.mark.parametrize("steps", [range(583), range(583, 1000), range(999, 1000), range(1)])
+def test_a_draw_from_a_section_stays_in_it(steps: range) -> None:
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    first, last = (flow.renoise_level(step, *RENOISE) for step in (steps[0], steps[-1]))
+    assert flow.renoise_sigma(ends, *RENOISE, steps).tolist() == [first, last]
+
+
+def test_levels_of_single_steps_are_those_of_the_grid() -> None:
+    singles = [flow.renoise_level(step, *RENOISE) for step in flow.ALL_STEPS]
+    assert torch.tensor(singles, dtype=torch.float32).tolist() == grid_levels(flow.ALL_STEPS)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_shifted_levels_between_two_boundaries_keep_their_distribution(shift: float) -> None:
+    """Draws of a section by its probability, then inside it, have the quantiles of draws from the whole."""
+    u = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    parts = []
+    for lowest, highest in ((0.0, 0.5), (0.5, 0.9), (0.9, 1.0)):
+        share = flow.shift_sigma(highest, 1 / shift) - flow.shift_sigma(lowest, 1 / shift)
+        num = round(20000 * share)
+        part = flow.shifted_sigma((torch.arange(num, dtype=torch.float64) + 0.5) / num, shift, lowest, highest)
+        assert all(flow.reaches(level, lowest) and (highest == 1 or not flow.reaches(level, highest)) for level in part)
+        parts.append(part)
+    whole = flow.shifted_sigma(u, shift)
+    assert torch.equal(whole, flow.shift_sigma(u, shift).float())
+    quantiles = torch.linspace(0.001, 0.999, 50, dtype=torch.float32)
+    torch.testing.assert_close(torch.cat(parts).quantile(quantiles), whole.quantile(quantiles), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("lowest, highest", [(0.0, 0.9), (0.9, 1.0), (0.0, 0.3)])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_shifted_levels_at_the_ends_of_the_draw_do_not_cross_a_boundary(shift: float, lowest, highest) -> None:
+    ends = flow.shifted_sigma(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), shift, lowest, highest).tolist()
+    assert all(flow.reaches(level, lowest) and (highest == 1 or not flow.reaches(level, highest)) for level in ends)
+
+
 def test_integrate_visits_every_level_but_the_last() -> None:
     seen: list[float] = []
 
