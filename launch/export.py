@@ -1,4 +1,7 @@
-"""Export a trained generator as a diffusers transformer folder: launch/export.py RUN_OR_CHECKPOINT OUT [--ema]"""
+"""Export a trained generator as a diffusers transformer folder: launch/export.py RUN_OR_CHECKPOINT OUT [--ema]
+
+A pair of experts becomes two such folders, OUT/transformer and OUT/transformer_2.
+"""
 
 from __future__ import annotations
 

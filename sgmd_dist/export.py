@@ -13,7 +13,7 @@ from sgmd_dist.models.base import VideoModel
 
 
 def export_diffusers(weights: dict[str, Tensor], model: VideoModel, folder: Path) -> int:
-    """Write `weights` as a diffusers transformer folder and verify it by reloading; returns the tensor count.
+    """Write `weights` as the model's diffusers folder and verify it by reloading; returns the tensor count.
 
     The folder appears whole: it is written aside and renamed.
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from sgmd_dist import preflight
-from sgmd_dist.assemble import build_architecture
+from sgmd_dist.assemble import build_architecture, build_objective
+from sgmd_dist.flow import reaches
+from sgmd_dist.objectives._distillation import Distillation
+from sgmd_dist.objectives.base import StepState
 from sgmd_dist.recipe_file import dump_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +98,8 @@ def test_released_recipes_hold_their_own_values(name: str):
 
 
 @pytest.mark.parametrize(
-    "name, millions", [("sgmd_wan2.1_1.3b", 1419.0), ("sgmd", 14288.5), ("sgmd_wan2.2_5b", 4999.8)]
+    "name, millions",
+    [("sgmd_wan2.1_1.3b", 1419.0), ("sgmd", 14288.5), ("sgmd_wan2.2_5b", 4999.8), ("sgmd_wan2.2_a14b", 2 * 14288.5)],
 )
 def test_the_models_of_the_released_recipes_have_their_published_number_of_parameters(name: str, millions: float):
     """Counted from the published files; planned without them."""
@@ -111,6 +115,17 @@ def test_the_diversity_term_of_the_small_recipe_walks_5_of_30_teacher_steps():
 
 def test_the_5b_model_takes_a_timestep_per_token():
     assert load_recipe(by_name("sgmd_wan2.2_5b")).resolved()["model"]["expand_timesteps"] is True
+
+
+def test_the_a14b_recipe_trains_both_experts_in_every_step():
+    """On 64 ranks each of the four groups of units has its own exit: 1.0 and 0.9375 above the boundary, two below."""
+    recipe = load_recipe(by_name("sgmd_wan2.2_a14b"))
+    objective, boundary = build_objective(recipe), build_architecture(recipe, "generator").boundaries[0]
+    assert isinstance(objective, Distillation) and recipe.layout(64).accumulation == 4
+    for step in range(5):
+        states = [StepState(step, 0, 256, unit_index=unit) for unit in (0, 64, 128, 192)]
+        sigmas = [objective.sigmas[objective.exit_index(state, "rollout")] for state in states]
+        assert sorted(reaches(sigma, boundary) for sigma in sigmas) == [False, False, True, True]
 
 
 def test_dmd2_differs_from_the_sgmd_recipe_in_its_objective_alone():
@@ -132,13 +147,15 @@ def test_the_prompts_are_64_different_lines():
 
 @pytest.fixture(scope="module")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `--check` wants it: a tiny Wan transformer, and the text encoder of the tiny recipes."""
+    """A folder as `--check` wants it: a tiny Wan transformer, a second one for a recipe with a boundary between two,
+    and the text encoder of the tiny recipes."""
     from diffusers import WanTransformer3DModel
 
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     tiny = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1, "freq_dim": 16}
     module = WanTransformer3DModel(in_channels=3, out_channels=3, text_dim=32, rope_max_seq_len=32, **tiny)
-    module.save_pretrained(folder / "transformer")
+    for part in ("transformer", "transformer_2"):
+        module.save_pretrained(folder / part)
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(ROOT / "recipes" / "tiny_wan" / part, folder / part)
     return folder
