@@ -23,7 +23,7 @@ TOLERANCE = 1e-6
 EXPERTS = ("high", "low")
 LAYOUTS = {
     "1 rank": (1, []),
-    "2 ranks": (2, ["parallel.activation_checkpointing=block"]),
+    "2 ranks": (2, ["parallel.activation_checkpointing=block", "parallel.teacher_offload=true"]),
     "ulysses 2": (2, ["parallel.ulysses=2"]),
     "hsdp 2 x 2": (4, ["parallel.dp_replicate=2"]),
 }
