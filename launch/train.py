@@ -1,4 +1,7 @@
-"""Train a recipe: torchrun --nproc-per-node=N launch/train.py RECIPE [--check] [key.sub=value ...]"""
+"""Train a recipe: torchrun --nproc-per-node=N launch/train.py RECIPE [--check] [key.sub=value ...]
+
+Look at what a run saved: python launch/train.py --inspect-checkpoint RUN_OR_CHECKPOINT
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,36 @@ import os
 import sys
 from pathlib import Path
 
-from sgmd_dist.errors import positive_int, reports_user_errors
+from sgmd_dist.errors import EXIT_DONE, EXIT_WRONG_INPUT, positive_int, reports_user_errors
+
+
+def inspect_checkpoint(where: Path) -> int:
+    """Print every checkpoint at `where`; the exit code says whether all are whole."""
+    from sgmd_dist.checkpoint import inspect
+
+    found = inspect(where)
+    print("\n".join(inspection.text() for inspection in found))
+    return EXIT_DONE if all(inspection.wrong is None for inspection in found) else EXIT_WRONG_INPUT
 
 
 @reports_user_errors
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", help="YAML file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the recipe")
     parser.add_argument("--check", action="store_true", help="validate everything, print the plan and stop")
     parser.add_argument("--world-size", type=positive_int, help="number of ranks to plan for with --check")
+    parser.add_argument(
+        "--inspect-checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="print what a checkpoint, or each of a run folder, holds, verify it and stop; takes no recipe",
+    )
     args = parser.parse_intermixed_args()
+    if args.inspect_checkpoint is not None:
+        return inspect_checkpoint(args.inspect_checkpoint)
+    if args.recipe is None:
+        parser.error("the following arguments are required: recipe")
     if args.world_size and not args.check:
         parser.error("--world-size plans for ranks with --check; torchrun decides how many train")
 

@@ -254,10 +254,14 @@ class ParallelSection(Section):
 
 
 class CheckpointSection(Section):
-    """A checkpoint every `every` steps and at the end; the newest `keep` stay."""
+    """A checkpoint every `every` steps and at the end; the newest `keep` stay.
+
+    `async` trains on while a copy in host memory is written.
+    """
 
     every: int = Field(default=500, ge=1)
     keep: int = Field(default=2, ge=1)
+    asynchronous: bool = Field(default=True, alias="async")
 
 
 class LoggingSection(Section):

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from loguru import logger
 
 from sgmd_dist import checkpoint
+from sgmd_dist.checkpoint import Loaded, together
 from sgmd_dist.durable import write_durably
-from sgmd_dist.errors import UserError
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import load_recipe
+from sgmd_dist.roles import Roles
 
 BRANCH_FILE = "resumed_from"
 HISTORY = ("metrics.jsonl", "tensorboard")
@@ -28,9 +27,9 @@ FREE_SECTIONS = ("run", "checkpoint", "logging")  # may change between two parts
 
 @dataclass(frozen=True)
 class Beginning:
-    """What `decide` found: the checkpoint to load, or None, and what must leave `run.dir` first."""
+    """What `decide` found: the checkpoints to try, best first and none to start anew, and what must leave `run.dir`."""
 
-    checkpoint: Path | None
+    candidates: tuple[Path, ...]
     in_the_way: tuple[Path, ...] = ()
 
 
@@ -38,52 +37,60 @@ def decide(recipe: Recipe) -> Beginning:
     """Look, and change nothing.
 
     A run that was stopped and is started again by the same command continues with what it saved itself, also where
-    `run.resume` names the checkpoint that it began with.
+    `run.resume` names the checkpoint that it began with. A checkpoint that `run.resume` names has no stand-in.
 
     Raises:
         UserError: `run.resume` names no checkpoint, or a damaged one.
     """
     run_dir, choice = Path(recipe.run.dir), recipe.run.resume
-    own = checkpoint.committed(run_dir)
+    own = checkpoint.present(run_dir)
     if choice == "never":
         present = [run_dir / name for name in (checkpoint.FOLDER, *HISTORY) if (run_dir / name).exists()]
-        return Beginning(None, tuple(present) if own else ())
+        return Beginning((), tuple(present) if own else ())
     if choice == "auto" or (own and _continues_branch(run_dir, Path(choice))):
-        return Beginning(own[-1] if own else None)
-    chosen = checkpoint.find(choice)
-    checkpoint.read_meta(chosen)
-    if run_dir.resolve() not in chosen.resolve().parents:
-        return Beginning(own[-1] if own else chosen)
-    return Beginning(chosen, tuple(path for path in own if path.name > chosen.name))
+        return Beginning(tuple(reversed(own)))
+    chosen = _chosen(Path(choice))
+    if run_dir.resolve() not in chosen[0].resolve().parents:
+        return Beginning((*reversed(own), *chosen))
+    return Beginning(chosen, tuple(path for path in own if path.name > chosen[0].name))
 
 
-def begin(recipe: Recipe, *, is_main: bool) -> Path | None:
-    """Decide on the main rank for all, clear the way, and return the checkpoint to load. Collective.
+def _chosen(choice: Path) -> tuple[Path, ...]:
+    """The checkpoint that `choice` names, or those of the run folder that it names, newest first."""
+    newest = checkpoint.find(choice)
+    if newest == choice:
+        checkpoint.read_meta(choice)
+        return (choice,)
+    return tuple(reversed(checkpoint.present(choice)))
+
+
+def begin(recipe: Recipe, roles: Roles, *, is_main: bool) -> Loaded | None:
+    """Decide for all ranks on the main one, load, then clear the way; None where the run starts anew. Collective.
 
     Raises:
-        UserError: see `decide`; on every rank.
+        UserError: see `decide` and `checkpoint.load_newest`; on every rank.
     """
-    found: list[Any] = [_begin(recipe) if is_main else None]
-    dist.broadcast_object_list(found, device=torch.device("cpu"))
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+    beginning = together(lambda: decide(recipe) if is_main else None)[0]
+    assert beginning is not None
+    loaded = checkpoint.load_newest(beginning.candidates, roles) if beginning.candidates else None
+    together(lambda: _settle(recipe, beginning, loaded) if is_main else None)
+    return loaded
 
 
-def _begin(recipe: Recipe) -> Path | UserError | None:
-    try:
-        beginning = decide(recipe)
-        if beginning.checkpoint is not None:
-            _report_changes(recipe, beginning.checkpoint)
-    except UserError as error:
-        return error
+def _settle(recipe: Recipe, beginning: Beginning, loaded: Loaded | None) -> None:
+    """Report what differs, and move away what is damaged or in the way of the run that begins."""
     run_dir = Path(recipe.run.dir)
+    if loaded is not None:
+        _report_changes(recipe, loaded.path)
+        for path, why in loaded.damaged.items():
+            own = path.parent.parent.resolve() == run_dir.resolve()
+            place = checkpoint.set_damaged_aside(path) if own else path
+            logger.warning("{} (it is now {}); {} is used instead", why, place, loaded.path)
     if beginning.in_the_way:
         moved = _set_aside(run_dir, beginning.in_the_way)
         logger.warning("run.resume = {}: what is in its way in {} is now in {}", recipe.run.resume, run_dir, moved)
-    if beginning.checkpoint is not None and beginning.in_the_way:
-        write_durably(run_dir / BRANCH_FILE, beginning.checkpoint.name.encode())
-    return beginning.checkpoint
+        if loaded is not None:
+            write_durably(run_dir / BRANCH_FILE, loaded.path.name.encode())
 
 
 def _continues_branch(run_dir: Path, choice: Path) -> bool:

@@ -79,7 +79,11 @@ class Stepper:
             (loss / layout.accumulation).backward()
             for name, value in losses.metrics.items():
                 self.metrics.record(name, value)
+        self.before_write()
         self.metrics.record(f"{phase.role}/grad_norm", self.roles.step(phase.role, state.step))
+
+    def before_write(self) -> None:
+        """Called before each optimizer step, in which parameters, moments and averages change; a run may wait here."""
 
     def _batch(self, phase: Phase, state: StepState) -> Batch:
         if phase.data == "same":

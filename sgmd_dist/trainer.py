@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -41,27 +42,26 @@ class Trainer(Stepper):
         self.stream = open_stream(recipe, mesh)
         networks = build_networks(recipe, mesh, objective.roles)
         super().__init__(recipe, mesh, objective, networks, self.stream)
+        self.saver = checkpoint.Saver(
+            self.run_dir,
+            recipe=dump_recipe(recipe),
+            keep=recipe.checkpoint.keep,
+            asynchronous=recipe.checkpoint.asynchronous,
+            layout=asdict(mesh.layout),
+        )
 
     def resume(self) -> None:
         """Continue where `run.resume` says: the newest committed checkpoint, a given one, or nowhere."""
-        found = begin(self.recipe, is_main=self.mesh.is_main)
+        found = begin(self.recipe, self.roles, is_main=self.mesh.is_main)
         if found is not None:
-            meta = checkpoint.load(found, self.roles)
-            self.stream.load_state_dict(meta.stream)
-            self.step = meta.step
-            logger.info("resumed {} at step {}", found, self.step)
+            self.stream.load_state_dict(found.meta.stream)
+            self.step = found.meta.step
+            logger.info("resumed {} at step {}", found.path, self.step)
 
     def save(self) -> None:
-        """Write and commit a checkpoint of the present step. Collective."""
+        """Save a checkpoint of the present step, or begin to, where that is asynchronous. Collective."""
         with self.metrics.timed("time/save_s"):
-            checkpoint.save(
-                self.run_dir,
-                self.roles,
-                step=self.step,
-                stream=self.stream.state_dict(),
-                recipe=dump_recipe(self.recipe),
-                keep=self.recipe.checkpoint.keep,
-            )
+            self.saver.save(self.roles, step=self.step, stream=self.stream.state_dict())
 
     def fit(self) -> int:
         """Train up to `run.steps`; returns the exit code: 0 done, 75 preempted after saving."""
@@ -81,15 +81,24 @@ class Trainer(Stepper):
         with log:
             while self.step < steps:
                 self.train_step()
-                stopping = _any_rank(self._stop.is_set)
+                stopping, failed = _any_rank(self._stop.is_set, self.saver.has_failed)
+                if failed:
+                    self.saver.wait()  # raises, on every rank
                 self._log(log, at_once=stopping)
                 if self.step % every == 0 or self.step == steps or stopping:
                     self.save()
                 if stopping and self.step < steps:
                     logger.warning("asked to stop: saved step {}, exit code {}", self.step, EXIT_PREEMPTED)
                     break
+            self.saver.wait()
         dist.barrier()  # launchers kill the other ranks when one has ended: none may still be writing
         return EXIT_DONE if self.step >= steps else EXIT_PREEMPTED
+
+    def before_write(self) -> None:
+        """Wait until a save in flight has copied the tensors that the optimizer is about to change."""
+        if self.saver.is_staging:
+            with self.metrics.timed("time/save_wait_s"):
+                self.saver.wait_staged()
 
     def _log(self, log: RunLog, *, at_once: bool) -> None:
         log.step()
@@ -99,7 +108,8 @@ class Trainer(Stepper):
         log.write(self.step, self.take_scalars())
 
     def close(self) -> None:
-        """Stop the stream's threads; give up the run folder and the signals."""
+        """Let a save in flight end; stop the stream's threads; give up the run folder and the signals."""
+        self.saver.close()
         self.stream.close()
         self._held.close()
 
@@ -124,10 +134,11 @@ def open_stream(recipe: Recipe, mesh: Mesh) -> Stream:
     )
 
 
-def _any_rank(value: bool) -> bool:
-    flag = torch.tensor(int(value), dtype=torch.int32)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+def _any_rank(*values: bool) -> list[bool]:
+    """Which of the values are true on any rank. Collective."""
+    flags = torch.tensor(values, dtype=torch.int32)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ranks import RankError, Ranks, run_ranks
 from running import State, max_difference, parameter_difference, train
 
 from sgmd_dist import checkpoint
+from sgmd_dist.checkpoint import folder
 from sgmd_dist.trainer import Trainer
 
 REPO = Path(__file__).parents[2]
@@ -100,14 +101,14 @@ def test_resuming_on_ranks_that_share_sequences_changes_only_rounding(recipe_pat
 
 def die_before_commit(recipe_path: Path, overrides: list[str]) -> None:
     """Train until the second checkpoint is written and die before the rename."""
-    commit = checkpoint._commit
+    commit = folder.commit
 
     def commit_first_only(aside: Path, final: Path) -> None:
         if checkpoint.committed(run_dir(recipe_path)):
             os.kill(os.getpid(), signal.SIGKILL)
         commit(aside, final)
 
-    checkpoint._commit = commit_first_only
+    folder.commit = commit_first_only
     train(recipe_path, overrides)
 
 
@@ -115,13 +116,13 @@ def test_a_kill_between_write_and_commit_leaves_the_checkpoint_before(recipe_pat
     overrides = [f"run.steps={STEPS}", "checkpoint.every=3"]
     with pytest.raises(RankError, match="rank 0 ended without a result"):
         run_ranks(2, die_before_commit, recipe_path, overrides)
-    folder = run_dir(recipe_path) / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000006.tmp"]
+    checkpoints = run_dir(recipe_path) / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000003", "step-00000006.tmp"]
     assert_same_bits(run_ranks(2, train, recipe_path, overrides)[0], quiet)
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000009", "step-00000012"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000009", "step-00000012"]
 
 
-def test_a_damaged_checkpoint_is_named_and_not_trained_from(recipe_path: Path) -> None:
+def test_the_only_checkpoint_where_it_is_damaged_is_named_and_not_trained_from(recipe_path: Path) -> None:
     run_ranks(2, train, recipe_path, ["run.steps=2"])
     (saved,) = checkpoint.committed(run_dir(recipe_path))
     shard = max(saved.glob("*.distcp"), key=lambda path: path.stat().st_size)
@@ -129,7 +130,7 @@ def test_a_damaged_checkpoint_is_named_and_not_trained_from(recipe_path: Path) -
     middle = len(data) // 2
     data[middle : middle + 64] = bytes(64)
     shard.write_bytes(data)
-    with pytest.raises(RankError, match=r"UserError: .*step-00000002: is damaged: .*; remove this folder"):
+    with pytest.raises(RankError, match=r"DamagedCheckpoint: .*step-00000002: is damaged: .*; remove this folder"):
         run_ranks(2, train, recipe_path, ["run.steps=4"])
 
 

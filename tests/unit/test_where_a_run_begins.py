@@ -13,6 +13,7 @@ from sgmd_dist.durable import lock
 from sgmd_dist.errors import UserError
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.resume import begin, decide
+from sgmd_dist.roles import Roles
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -38,25 +39,33 @@ def recipe(tiny_recipe: MakeRecipe, run_dir: Path) -> Callable[[str], Recipe]:
 
 
 def test_auto_takes_the_newest_checkpoint_or_none(recipe: Callable[[str], Recipe], run_dir: Path) -> None:
-    assert decide(recipe("auto")).checkpoint is None
-    *_, newest = commit(run_dir, 2, 4)
-    assert decide(recipe("auto")).checkpoint == newest
+    assert decide(recipe("auto")).candidates == ()
+    older, newest = commit(run_dir, 2, 4)
+    assert decide(recipe("auto")).candidates == (newest, older)
+
+
+def test_a_checkpoint_that_lost_its_description_is_not_passed_over(
+    recipe: Callable[[str], Recipe], run_dir: Path
+) -> None:
+    older, newest = commit(run_dir, 2, 4)
+    (newest / "meta.json").unlink()
+    assert decide(recipe("auto")).candidates == (newest, older)
 
 
 def test_another_runs_checkpoint_counts_while_there_is_none_of_its_own(
     recipe: Callable[[str], Recipe], run_dir: Path, tmp_path: Path
 ) -> None:
-    (other,) = commit(tmp_path / "other", 7)
-    assert decide(recipe(str(other))).checkpoint == other
-    assert decide(recipe(str(tmp_path / "other"))).checkpoint == other
+    first, other = commit(tmp_path / "other", 6, 7)
+    assert decide(recipe(str(other))).candidates == (other,), "one that is named has no stand-in"
+    assert decide(recipe(str(tmp_path / "other"))).candidates == (other, first)
     (own,) = commit(run_dir, 8)
-    assert decide(recipe(str(other))).checkpoint == own
+    assert decide(recipe(str(other))).candidates == (own, other)
 
 
 def test_going_back_puts_later_steps_in_the_way(recipe: Callable[[str], Recipe], run_dir: Path) -> None:
     first, second, third = commit(run_dir, 2, 4, 6)
     beginning = decide(recipe(str(first)))
-    assert (beginning.checkpoint, beginning.in_the_way) == (first, (second, third))
+    assert (beginning.candidates, beginning.in_the_way) == ((first,), (second, third))
     assert checkpoint.committed(run_dir) == [first, second, third], "to look changes nothing"
 
 
@@ -65,21 +74,25 @@ def test_never_puts_everything_in_the_way(recipe: Callable[[str], Recipe], run_d
     commit(run_dir, 2)
     (run_dir / "metrics.jsonl").write_text("")
     beginning = decide(recipe("never"))
-    assert beginning.checkpoint is None
+    assert beginning.candidates == ()
     assert [path.name for path in beginning.in_the_way] == ["checkpoints", "metrics.jsonl"]
 
 
-def test_a_path_without_a_checkpoint_is_refused(recipe: Callable[[str], Recipe], tmp_path: Path, alone: object) -> None:
-    for look in (decide, lambda recipe: begin(recipe, is_main=True)):
+def test_a_path_without_a_checkpoint_is_refused(
+    recipe: Callable[[str], Recipe], tmp_path: Path, alone: object, linear_roles: Callable[..., Roles]
+) -> None:
+    for look in (decide, lambda recipe: begin(recipe, linear_roles(), is_main=True)):
         with pytest.raises(UserError, match="nowhere: expected a checkpoint"):
             look(recipe(str(tmp_path / "nowhere")))
 
 
-def test_what_is_set_aside_is_whole_and_numbered(recipe: Callable[[str], Recipe], run_dir: Path, alone: object) -> None:
+def test_what_is_set_aside_is_whole_and_numbered(
+    recipe: Callable[[str], Recipe], run_dir: Path, alone: object, linear_roles: Callable[..., Roles]
+) -> None:
     for number in (1, 2):
         commit(run_dir, 2)
         (run_dir / "metrics.jsonl").write_text(f"{number}")
-        assert begin(recipe("never"), is_main=True) is None
+        assert begin(recipe("never"), linear_roles(), is_main=True) is None
         assert checkpoint.committed(run_dir) == []
         assert (run_dir / f"earlier-{number}/metrics.jsonl").read_text() == f"{number}"
         assert len(checkpoint.committed(run_dir / f"earlier-{number}")) == 1
