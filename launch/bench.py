@@ -1,7 +1,10 @@
 """Benchmarks: launch/bench.py kernels|attention [--models NAME ...] [--dtype DTYPE] [--out FILE.json]
+            launch/bench.py checkpoint [--millions N | --recipe RECIPE] [--dir FOLDER] [--out FILE.json]
 
-On CUDA each is timed against eager torch, torch.compile and what the card reaches in the same run; elsewhere it is
-checked for correctness on small shapes. Exit code 1: a result was wrong.
+Kernels and attention: on CUDA each is timed against eager torch, torch.compile and what the card reaches in the same
+run; elsewhere it is checked for correctness on small shapes. Exit code 1: a result was wrong.
+
+Checkpoint: what synchronous and asynchronous saves cost training, in one process or under torchrun.
 """
 
 from __future__ import annotations
@@ -10,26 +13,35 @@ import argparse
 import sys
 from pathlib import Path
 
-from sgmd_dist.errors import reports_user_errors
+from sgmd_dist.errors import positive_float, positive_int, reports_user_errors
 
+TINY_RECIPE = Path(__file__).parents[1] / "recipes/tiny_sgmd.yaml"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-@reports_user_errors
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kernels|attention")
-    for name, description in (
-        ("kernels", "the fused operations: AdaLN, gated residual, norm with rotary embedding, SGMD's outer loss"),
-        ("attention", "the attention backends, self and cross"),
-    ):
-        command = commands.add_parser(name, help=description, description=description)
-        command.add_argument("--models", nargs="+", metavar="NAME", help="shapes of these models; default: all")
-        command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations")
-        command.add_argument("--repeats", type=int, default=20, help="timed runs of which the median is taken")
-        command.add_argument("--out", type=Path, help="write the results as JSON")
-    args = parser.parse_args()
+def bench_checkpoint(args: argparse.Namespace) -> int:
+    from sgmd_dist.benchmarks import checkpoint
+    from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
+    from sgmd_dist.recipe_file import load_recipe
 
+    ranks = world_size()
+    if args.recipe is None:
+        batch = ["data.micro_batch_size=1", f"data.global_batch_size={ranks}"]
+        recipe = load_recipe(TINY_RECIPE, [*checkpoint.random_wan(args.millions), *batch])
+    else:
+        recipe = load_recipe(args.recipe)
+    with process_group() as device:
+        mesh = build_mesh(recipe.layout(ranks), device)
+        report = checkpoint.run(recipe, mesh, args.dir / "bench_checkpoint", args.repeats)
+        if mesh.is_main:
+            print(report.table())
+            if args.out is not None:
+                report.write(args.out)
+                print(args.out)
+    return 0
+
+
+def bench_kernels(args: argparse.Namespace) -> int:
     import torch
 
     from sgmd_dist.benchmarks import attention, kernels
@@ -44,6 +56,33 @@ def main() -> int:
         report.write(args.out)
         print(args.out)
     return 0 if report.correct else 1
+
+
+@reports_user_errors
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="kernels|attention|checkpoint")
+    for name, description in (
+        ("kernels", "the fused operations: AdaLN, gated residual, norm with rotary embedding, SGMD's outer loss"),
+        ("attention", "the attention backends, self and cross"),
+    ):
+        command = commands.add_parser(name, help=description, description=description)
+        command.add_argument("--models", nargs="+", metavar="NAME", help="shapes of these models; default: all")
+        command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations")
+        command.add_argument("--repeats", type=int, default=20, help="timed runs of which the median is taken")
+        command.add_argument("--out", type=Path, help="write the results as JSON")
+        command.set_defaults(run=bench_kernels)
+    description = "stall, time and rate of synchronous and asynchronous saves of two networks with their optimizers"
+    command = commands.add_parser("checkpoint", help=description, description=description)
+    size = command.add_mutually_exclusive_group()
+    size.add_argument("--millions", type=positive_float, default=100.0, help="random Wans of so many parameters")
+    size.add_argument("--recipe", help="the networks that this recipe trains, instead")
+    command.add_argument("--dir", type=Path, default=Path("runs"), help="folder on the disk to measure; default: runs")
+    command.add_argument("--repeats", type=positive_int, default=3, help="saves of each kind; medians are taken")
+    command.add_argument("--out", type=Path, help="write the results as JSON")
+    command.set_defaults(run=bench_checkpoint)
+    args = parser.parse_args()
+    return args.run(args)
 
 
 if __name__ == "__main__":

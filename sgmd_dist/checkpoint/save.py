@@ -108,6 +108,11 @@ class Saver:
             self._staged = None
 
     @property
+    def is_writing(self) -> bool:
+        """True while this rank's part of an asynchronous save is not over."""
+        return self._written is not None and not self._written.done()
+
+    @property
     def has_failed(self) -> bool:
         """True once this rank knows that the save in flight failed. Others may know later; `wait` brings all to it."""
         return self._written is not None and self._written.done() and self._written.exception() is not None
