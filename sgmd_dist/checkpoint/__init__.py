@@ -20,8 +20,8 @@ from sgmd_dist.checkpoint.folder import (
     set_damaged_aside,
 )
 from sgmd_dist.checkpoint.inspection import Inspection, inspect
-from sgmd_dist.checkpoint.load import Loaded, load, load_newest, load_tree
-from sgmd_dist.checkpoint.save import Saver, save
+from sgmd_dist.checkpoint.loading import Loaded, load, load_newest, load_tree
+from sgmd_dist.checkpoint.saving import Saver, save
 from sgmd_dist.checkpoint.state import Tree, checksums, training_state
 
 __all__ = [

@@ -35,7 +35,7 @@ class Meta:
     """What a checkpoint says of itself.
 
     checksums: per tree, the sum of its tensors' bits, modulo 2^64.
-    digests: SHA-256 of its small files by name.
+    digests: SHA-256 of its other files by name.
     saved_at: UTC, ISO 8601. layout: mesh axes and number of ranks that saved it. Both inform and decide nothing.
     """
 
@@ -125,8 +125,9 @@ def _digest_of(content: dict[str, Any]) -> str:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_digest(checkpoint: Path, meta: Meta, name: str) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from sgmd_dist.checkpoint import folder
 from sgmd_dist.checkpoint.agreement import describe
 from sgmd_dist.checkpoint.folder import DamagedCheckpoint, Meta, damaged
-from sgmd_dist.checkpoint.load import read_metadata
+from sgmd_dist.checkpoint.loading import read_metadata
 from sgmd_dist.checksum import sum_of_bits, wrap
 from sgmd_dist.errors import UserError
 
@@ -80,9 +80,8 @@ def _inspect(path: Path) -> Inspection:
     meta, trees = None, {}
     try:
         meta = folder.read_meta(path)
-        folder.check_digest(path, meta, folder.RECIPE_FILE)
-        if not (path / folder.RECIPE_FILE).exists():
-            raise damaged(path, f"{folder.RECIPE_FILE} is missing")
+        for name in sorted(meta.digests):
+            folder.check_digest(path, meta, name)
         for name, tensor in _chunks(path, meta, trees):
             trees[name].checksum = wrap(trees[name].checksum + sum_of_bits(tensor))
         _compare(path, meta, trees)

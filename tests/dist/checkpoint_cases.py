@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sgmd_dist import checkpoint
-from sgmd_dist.checkpoint import folder, save, staging
+from sgmd_dist.checkpoint import folder, saving, staging
 from sgmd_dist.checkpoint.state import local
 from sgmd_dist.errors import UserError
 from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
@@ -149,8 +149,8 @@ def kill_at(moment: str) -> Callable[[], None]:
 
         setattr(owner, name, wrapped)
 
-    dying(save, "is_finite", "before the checks", "after the first check")
-    dying(save, "local_checksums", "amid the checks", "after the checks")
+    dying(saving, "is_finite", "before the checks", "after the first check")
+    dying(saving, "local_checksums", "amid the checks", "after the checks")
     dying(FileSystem, "create_stream", "before a file is opened", "after a file is opened")
     dying(FileSystem, "rename", "before DCP's list has its name", "after DCP's list has its name")
     dying(folder, "write_meta", "before the description", "after the description")

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,17 @@ def write(request: Request, tree: Callable[[], Tree], group: dist.ProcessGroup |
     try:
         num_tensors, checksums = _check(request, tree, group)
         dcp.save(tree(), checkpoint_id=request.aside, process_group=group)
-        together(lambda: _complete(request, num_tensors, checksums), group)
+        digests = together(lambda: _digests_of_own_files(request.aside), group)
+        meta = folder.Meta(
+            request.step,
+            request.stream,
+            num_tensors,
+            checksums,
+            digests={name: digest for part in digests for name, digest in part.items()},
+            saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            layout=request.layout,
+        )
+        together(lambda: _complete(request, meta), group)
     except (CheckpointException, RankFailure) as error:
         failure = failure_of(error) if isinstance(error, CheckpointException) else error
         if dist.get_rank() == 0:
@@ -197,21 +207,18 @@ def _check(
     return num_tensors, {name: wrap(sum(checksums[name] for _, checksums in found)) for name in num_tensors}
 
 
-def _complete(request: Request, num_tensors: dict[str, int], checksums: dict[str, int]) -> None:
+def _digests_of_own_files(aside: Path) -> dict[str, str]:
+    """Digests of the files that this rank has written; they lie in its machine's cache still."""
+    return {path.name: folder.digest(path) for path in aside.glob(f"__{dist.get_rank()}_*")}
+
+
+def _complete(request: Request, meta: folder.Meta) -> None:
     """Describe and commit what all ranks have written, on the main rank."""
     if dist.get_rank() != 0:
         return
     aside = request.aside
     write_durably(aside / folder.RECIPE_FILE, request.recipe.encode())
-    meta = folder.Meta(
-        request.step,
-        request.stream,
-        num_tensors,
-        checksums,
-        digests={name: folder.digest(aside / name) for name in (folder.METADATA_FILE, folder.RECIPE_FILE)},
-        saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        layout=request.layout,
-    )
-    folder.write_meta(aside, meta)
+    own = {name: folder.digest(aside / name) for name in (folder.METADATA_FILE, folder.RECIPE_FILE)}
+    folder.write_meta(aside, replace(meta, digests=meta.digests | own))
     folder.commit(aside, request.final)
     folder.prune(request.run_dir, request.final, request.keep)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -48,6 +49,7 @@ def load_newest(candidates: Sequence[Path], roles: Roles) -> Loaded:
             if len(candidates) == 1:
                 raise
             found[path] = str(error)
+    assert found, "no checkpoint was given"
     listed = "; ".join(found.values())
     raise UserError(
         f"{candidates[0].parent}: none of {len(candidates)} checkpoints can be used; restore one, name another one with"
@@ -104,9 +106,8 @@ def read_metadata(checkpoint: Path, meta: Meta) -> Metadata:
 
 
 def _look(checkpoint: Path, tree: Tree) -> Meta:
-    """Compare a checkpoint's lists with what is to be filled, before any tensor is read."""
+    """Compare a checkpoint's lists with what is to be filled, and this rank's share of its files with their digests."""
     meta = folder.read_meta(checkpoint)
-    folder.check_digest(checkpoint, meta, folder.RECIPE_FILE)
     expected = {name: len(part) for name, part in tree.items()}
     if expected != meta.num_tensors:
         raise UserError(
@@ -114,6 +115,8 @@ def _look(checkpoint: Path, tree: Tree) -> Meta:
             f" {checkpoint / folder.RECIPE_FILE} or set run.resume=never"
         )
     _check_shapes(tree, checkpoint, meta)
+    for name in sorted(meta.digests)[dist.get_rank() :: dist.get_world_size()]:
+        folder.check_digest(checkpoint, meta, name)
     return meta
 
 
