@@ -41,7 +41,7 @@ def test_what_a_checkpoint_holds_is_printed_with_numbers(saved: list[Path]) -> N
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("  generator")}
     assert rows["generator"] == ["2", "21", "84"]
     assert rows["generator.optimizer"] == ["6", "44", "176"]
-    assert text.endswith("OK: files and checksums are as saved")
+    assert text.endswith("OK: every file and checksum is as saved")
 
 
 def test_a_run_folder_gives_a_verdict_on_each(saved: list[Path], tmp_path: Path) -> None:
