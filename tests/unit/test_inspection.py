@@ -69,7 +69,7 @@ def test_numbers_that_do_not_fit_their_description_are_found(saved: list[Path]) 
     from sgmd_dist.checkpoint import folder
 
     meta = checkpoint.read_meta(saved[1])
-    folder.write_meta(saved[1], checkpoint.Meta(**{**meta.__dict__, "checksums": {n: 1 for n in meta.checksums}}))
+    folder.write_meta(saved[1], checkpoint.Meta(**{**meta.__dict__, "checksums": dict.fromkeys(meta.checksums, 1)}))
     assert "the checksum of generator, generator.optimizer" in (checkpoint.inspect(saved[1])[0].wrong or "")
 
 
