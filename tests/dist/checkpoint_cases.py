@@ -26,6 +26,7 @@ from sgmd_dist.errors import UserError
 from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
 from sgmd_dist.recipe import Layout, OptimSection
 from sgmd_dist.roles import Roles, build_roles
+from running import train, train_command
 
 Axes = dict[str, int]
 SHAPES = {"0.weight": (7, 5), "0.bias": (7,), "1.weight": (3, 7), "1.bias": (3,)}  # nothing divides evenly
@@ -127,6 +128,12 @@ def train_on(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / checkpoint.FOLDER).iterdir())
 
 
+def train_while_copying(recipe_path: Path, overrides: list[str]) -> None:
+    """Train with a copy that takes longer than what happens before the optimizer's first write."""
+    slow_down_staging(0.005)
+    train(recipe_path, overrides)
+
+
 # Kills
 
 
@@ -225,6 +232,21 @@ def save_with_a_failing_write(run_dir: Path, asynchronous: bool, rank: int, name
         checkpoints.wait()
         checkpoints.close()
     return message
+
+
+def train_on_a_full_disk(recipe_path: Path, overrides: list[str]) -> None:
+    """`launch/train.py` where rank 1 cannot write its tensors from the second save on."""
+    original, num_saves = FileSystem.create_stream, [0]
+
+    def full(self: FileSystem, path: Any, mode: str) -> Any:
+        if "w" in mode and "__1_" in str(path):
+            num_saves[0] += 1
+            if num_saves[0] > 1:
+                return open("/dev/full", "wb")
+        return original(self, path, mode)
+
+    FileSystem.create_stream = full
+    train_command(recipe_path, overrides)
 
 
 # Damage

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.trainer import Trainer
 
+REPO = Path(__file__).parents[2]
 State = dict[str, dict[str, torch.Tensor]]
 
 
@@ -27,6 +30,12 @@ def train(recipe_path: Path, overrides: Sequence[str] = (), trainer_class: type[
         finally:
             trainer.close()
             del trainer
+
+
+def train_command(recipe_path: Path, overrides: list[str]) -> None:
+    """What `launch/train.py` does, in this process."""
+    sys.argv = ["launch/train.py", str(recipe_path), *overrides]
+    runpy.run_path(str(REPO / "launch/train.py"), run_name="__main__")
 
 
 def gathered(trainer: Trainer) -> State:

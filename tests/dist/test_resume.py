@@ -5,32 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
-import runpy
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from ranks import RankError, Ranks, run_ranks
-from running import State, max_difference, parameter_difference, train
+from running import State, max_difference, parameter_difference, train, train_command
 
 from sgmd_dist import checkpoint
 from sgmd_dist.checkpoint import folder
 from sgmd_dist.trainer import Trainer
 
-REPO = Path(__file__).parents[2]
 STEPS = 12
 
 
 def run_dir(recipe_path: Path) -> Path:
     return recipe_path.parent / "run"
-
-
-def train_command(recipe_path: Path, overrides: list[str]) -> None:
-    """What `launch/train.py` does, in this process."""
-    sys.argv = ["launch/train.py", str(recipe_path), *overrides]
-    runpy.run_path(str(REPO / "launch/train.py"), run_name="__main__")
 
 
 def wait_for(condition, ranks: Ranks, deadline_s: float = 120.0) -> None:

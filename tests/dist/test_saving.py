@@ -7,8 +7,16 @@ import signal
 from pathlib import Path
 
 import pytest
-from checkpoint_cases import load_and_check, save_until_killed, save_with_a_failing_write, train_on
+from checkpoint_cases import (
+    load_and_check,
+    save_until_killed,
+    save_with_a_failing_write,
+    train_on,
+    train_on_a_full_disk,
+    train_while_copying,
+)
 from ranks import DEADLINE_S, Ranks, run_ranks
+from running import train
 
 from sgmd_dist import checkpoint
 
@@ -50,6 +58,29 @@ def test_a_kill_amid_a_save_leaves_the_newest_commit_whole(tmp_path: Path, async
 def test_what_is_saved_is_the_step_that_was_asked_for_while_training_goes_on(tmp_path: Path) -> None:
     left = run_ranks(2, train_on, tmp_path)
     assert left[0] == ["step-00000002", "step-00000003"], "the newest two"
+
+
+def test_a_run_saves_the_same_bits_at_once_and_while_it_trains_on(recipe_path: Path, tmp_path: Path) -> None:
+    every = ["run.steps=3", "checkpoint.every=1", "checkpoint.keep=9"]
+    found = {}
+    for choice, function in (("false", train), ("true", train_while_copying)):
+        run_dir = tmp_path / choice
+        run_ranks(2, function, recipe_path, [*every, f"checkpoint.async={choice}", f"run.dir={run_dir}"])
+        inspections = checkpoint.inspect(run_dir)
+        assert [inspection.wrong for inspection in inspections] == [None] * 3
+        found[choice] = [(i.meta.step, i.meta.stream, i.meta.checksums) for i in inspections if i.meta]
+    assert found["true"] == found["false"]
+    assert found["true"][0] != found["true"][1], "training changes what is saved"
+
+
+@pytest.mark.parametrize("choice", ["true", "false"])
+def test_a_run_on_a_full_disk_ends_with_2_on_all_ranks_and_keeps_what_it_has(recipe_path: Path, choice: str) -> None:
+    overrides = ["run.steps=4", "checkpoint.every=1", f"checkpoint.async={choice}"]
+    ranks = Ranks(2, train_on_a_full_disk, recipe_path, overrides)
+    assert ranks.exit_codes() == [2, 2]
+    run_dir = recipe_path.parent / "run"
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
+    assert checkpoint.inspect(run_dir)[0].wrong is None
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
