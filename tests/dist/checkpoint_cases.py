@@ -315,13 +315,3 @@ def _unreadable_on_one_rank(newest: Path, older: Path, roles: Roles) -> None:
     assert_filled(roles, 2)
     FileSystem.create_stream = original
 
-
-def refuse(run_dir: Path) -> str:
-    """What loading says when every checkpoint is damaged."""
-    with process_group():
-        roles = make_roles({})
-        try:
-            checkpoint.load_newest(tuple(reversed(checkpoint.present(run_dir))), roles)
-        except UserError as error:
-            return str(error)
-    raise AssertionError("something was loaded")
