@@ -32,8 +32,9 @@ class Staging:
             for name, part in tree.items():
                 buffers = self._buffers.setdefault(name, {})
                 for key, tensor in part.items():
-                    buffer = buffers.setdefault(key, _buffer(tensor))
-                    local(buffer).copy_(local(tensor), non_blocking=True)
+                    if key not in buffers:
+                        buffers[key] = _buffer(tensor)
+                    local(buffers[key]).copy_(local(tensor), non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
         return {name: {key: self._buffers[name][key] for key in part} for name, part in tree.items()}

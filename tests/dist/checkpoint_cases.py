@@ -129,8 +129,8 @@ def train_on(run_dir: Path) -> list[str]:
 
 
 def train_while_copying(recipe_path: Path, overrides: list[str]) -> None:
-    """Train with a copy that takes longer than what happens before the optimizer's first write."""
-    slow_down_staging(0.005)
+    """Train with a copy that takes its time, beside forward and backward passes."""
+    slow_down_staging(0.001)
     train(recipe_path, overrides)
 
 

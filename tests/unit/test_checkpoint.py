@@ -12,6 +12,7 @@ import torch
 
 from sgmd_dist import checkpoint
 from sgmd_dist.checkpoint import folder
+from sgmd_dist.checkpoint.staging import Staging
 from sgmd_dist.errors import UserError
 from sgmd_dist.roles import Roles
 
@@ -314,3 +315,43 @@ def test_a_network_of_other_names_is_named(saved: Path) -> None:
 def test_a_tree_that_is_not_there_is_named_with_those_that_are(saved: Path) -> None:
     with pytest.raises(UserError, match=r"holds no 'teacher'; it has generator, generator\.optimizer, "):
         checkpoint.load_tree(saved, "teacher", {})
+
+
+# The copy that is written while training goes on
+
+
+def test_the_copy_is_in_the_same_memory_from_save_to_save(roles: Roles, optimizer_step: Callable[..., None]) -> None:
+    staging, places = Staging(), []
+    for step in range(3):
+        optimizer_step(roles, "generator", step)
+        tree = checkpoint.training_state(roles)
+        staging.follow(tree)
+        copy = staging.copy(tree)
+        assert_equal(copy, tree)
+        places.append([tensor.data_ptr() for part in copy.values() for tensor in part.values()])
+        optimizer_step(roles, "generator", step)
+        assert not torch.equal(copy["generator"]["weight"], roles["generator"].module.weight)
+    assert places[0] == places[1] == places[2]
+
+
+def test_at_most_one_save_is_in_flight_and_its_copy_is_over_before_a_write(roles: Roles, tmp_path: Path) -> None:
+    saver = checkpoint.Saver(tmp_path, recipe="run: {}\n", keep=1, asynchronous=True)
+    for step in (1, 2):
+        saver.save(roles, step=step, stream={})
+        assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000001"][: step - 1]
+        assert saver.is_staging
+        saver.wait_staged()
+        assert not saver.is_staging
+    saver.wait()
+    assert names(tmp_path) == ["step-00000002"] and not saver.is_writing and not saver.has_failed
+    saver.close()
+
+
+def test_weights_that_are_not_finite_fail_an_asynchronous_save_once_it_is_asked(roles: Roles, tmp_path: Path) -> None:
+    saver = checkpoint.Saver(tmp_path, recipe="", keep=1, asynchronous=True)
+    roles["generator"].module.weight.data[0, 0] = float("nan")
+    saver.save(roles, step=1, stream={})
+    with pytest.raises(UserError, match="weights of step 1 are not finite and are not saved"):
+        saver.wait()
+    saver.close()
+    assert checkpoint.committed(tmp_path) == []
