@@ -1,4 +1,4 @@
-"""Train a recipe: torchrun --nproc-per-node=N launch/train.py RECIPE [--check] [key.sub=value ...]
+"""Train a recipe: torchrun --nproc-per-node=N launch/train.py RECIPE [--check | --dry-run] [key.sub=value ...]
 
 Look at what a run saved: python launch/train.py --inspect-checkpoint RUN_OR_CHECKPOINT
 """
@@ -10,16 +10,14 @@ import os
 import sys
 from pathlib import Path
 
-from sgmd_dist.errors import EXIT_DONE, EXIT_WRONG_INPUT, positive_int, reports_user_errors
-
-
-def inspect_checkpoint(where: Path) -> int:
-    """Print every checkpoint at `where`; the exit code says whether all are whole."""
-    from sgmd_dist.checkpoint import inspect
-
-    found = inspect(where)
-    print("\n".join(inspection.text() for inspection in found))
-    return EXIT_DONE if all(inspection.wrong is None for inspection in found) else EXIT_WRONG_INPUT
+from sgmd_dist.errors import (
+    EXIT_DONE,
+    EXIT_WRONG_INPUT,
+    UserError,
+    natural_int,
+    positive_int,
+    reports_user_errors,
+)
 
 
 @reports_user_errors
@@ -27,21 +25,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the recipe")
-    parser.add_argument("--check", action="store_true", help="validate everything, print the plan and stop")
-    parser.add_argument("--world-size", type=positive_int, help="number of ranks to plan for with --check")
-    parser.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="validate everything, print the plan and stop")
+    mode.add_argument(
+        "--dry-run", action="store_true", help="take two steps without weights, data and memory, compare ranks and stop"
+    )
+    mode.add_argument(
         "--inspect-checkpoint",
         type=Path,
         metavar="DIR",
         help="print what a checkpoint, or each of a run folder, holds, verify it and stop; takes no recipe",
     )
+    parser.add_argument("--world-size", type=positive_int, help="number of ranks to --check or --dry-run for")
+    parser.add_argument("--rank", type=natural_int, help="--dry-run as this rank alone, and compare none")
     args = parser.parse_intermixed_args()
     if args.inspect_checkpoint is not None:
-        return inspect_checkpoint(args.inspect_checkpoint)
+        return _inspect(args.inspect_checkpoint)
     if args.recipe is None:
         parser.error("the following arguments are required: recipe")
-    if args.world_size and not args.check:
-        parser.error("--world-size plans for ranks with --check; torchrun decides how many train")
+    if args.world_size and not (args.check or args.dry_run):
+        parser.error("--world-size is for --check and --dry-run; torchrun decides how many train")
+    if args.rank is not None and not args.dry_run:
+        parser.error("--rank is for --dry-run")
+    if args.dry_run:
+        return _dry_run(args)
 
     from sgmd_dist import preflight
     from sgmd_dist.logs import setup_logging
@@ -65,6 +72,29 @@ def main() -> int:
         finally:
             trainer.close()
             del trainer
+
+
+def _inspect(where: Path) -> int:
+    """Print every checkpoint at `where`; the exit code says whether all are whole."""
+    from sgmd_dist.checkpoint import inspect
+
+    found = inspect(where)
+    print("\n".join(inspection.text() for inspection in found))
+    return EXIT_DONE if all(inspection.wrong is None for inspection in found) else EXIT_WRONG_INPUT
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    from sgmd_dist import dryrun
+    from sgmd_dist.parallel.mesh import world_size
+
+    size = args.world_size or world_size()
+    if args.rank is not None and args.rank >= size:
+        raise UserError(f"--rank {args.rank}: there are {size} ranks; give one from 0 to {size - 1}, or --world-size")
+    ranks = dryrun.chosen_ranks(size) if args.rank is None else [args.rank]
+    traces = dryrun.dry_run(args.recipe, args.overrides, size, ranks)
+    dryrun.check_equal(traces)
+    print("\n".join(dryrun.report(traces, size)), flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -42,6 +42,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def natural_int(text: str) -> int:
+    """An argument of a command: an integer >= 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer >= 0")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """An argument of a command: a finite number > 0."""
     try:
