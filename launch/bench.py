@@ -1,25 +1,110 @@
 """Benchmarks: launch/bench.py kernels|attention [--models NAME ...] [--dtype DTYPE] [--out FILE.json]
+            launch/bench.py step RECIPE [key.sub=value ...] [--steps N] [--out FILE.json]
             launch/bench.py checkpoint [--millions N | --recipe RECIPE] [--dir FOLDER] [--out FILE.json]
 
 Kernels and attention: on CUDA each is timed against eager torch, torch.compile and what the card reaches in the same
 run; elsewhere it is checked for correctness on small shapes. Exit code 1: a result was wrong.
 
-Checkpoint: what synchronous and asynchronous saves cost training, in one process or under torchrun.
+Step holds optimizer steps against the network passes that they are made of, checkpoint says what synchronous and
+asynchronous saves cost training: both in one process or under torchrun.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sgmd_dist.errors import positive_float, positive_int, reports_user_errors
+
+if TYPE_CHECKING:
+    from sgmd_dist.benchmarks.checkpoint import Report as CheckpointReport
+    from sgmd_dist.benchmarks.report import Report
+    from sgmd_dist.benchmarks.step import StepReport
 
 TINY_RECIPE = Path(__file__).parents[1] / "recipes/tiny_sgmd.yaml"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def bench_checkpoint(args: argparse.Namespace) -> int:
+@reports_user_errors
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="kernels|attention|step|checkpoint")
+    _add_operations(commands)
+    _add_step(commands)
+    _add_checkpoint(commands)
+    args, rest = parser.parse_known_args()  # overrides may stand behind options
+    if rest and (args.command != "step" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command == "step":
+        args.overrides += rest
+    return args.run(args)
+
+
+def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    for name, description in (
+        ("kernels", "the fused operations: AdaLN, gated residual, norm with rotary embedding, SGMD's outer loss"),
+        ("attention", "the attention backends, self and cross"),
+    ):
+        command = commands.add_parser(name, help=description, description=description)
+        command.add_argument("--models", nargs="+", metavar="NAME", help="shapes of these models; default: all")
+        command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations")
+        command.add_argument("--repeats", type=int, default=20, help="timed runs of which the median is taken")
+        command.add_argument("--out", type=Path, help="write the results as JSON")
+        command.set_defaults(run=_operations)
+
+
+def _add_step(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    description = "a recipe's optimizer steps over their bare network passes"
+    command = commands.add_parser("step", help=description, description=description)
+    command.add_argument("recipe", help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the recipe")
+    command.add_argument("--steps", type=positive_int, default=10, help="measured steps, after two unmeasured ones")
+    command.add_argument("--out", type=Path, help="write the results as JSON")
+    command.set_defaults(run=_step)
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    description = "stall, time and rate of synchronous and asynchronous saves of two networks with their optimizers"
+    command = commands.add_parser("checkpoint", help=description, description=description)
+    size = command.add_mutually_exclusive_group()
+    size.add_argument("--millions", type=positive_float, default=100.0, help="random Wans of so many parameters")
+    size.add_argument("--recipe", help="the networks that this recipe trains, instead")
+    command.add_argument("--dir", type=Path, default=Path("runs"), help="folder on the disk to measure; default: runs")
+    command.add_argument("--repeats", type=positive_int, default=3, help="saves of each kind; medians are taken")
+    command.add_argument("--out", type=Path, help="write the results as JSON")
+    command.set_defaults(run=_checkpoint)
+
+
+def _operations(args: argparse.Namespace) -> int:
+    import torch
+
+    from sgmd_dist.benchmarks import attention, kernels
+    from sgmd_dist.benchmarks.shapes import select
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    benchmark = {"kernels": kernels, "attention": attention}[args.command]
+    models, dtype = select(args.models, device), getattr(torch, args.dtype)
+    report = benchmark.run(models, dtype, device, args.repeats, timed=device.type == "cuda")
+    print(report.table())
+    _write(report, args.out)
+    return 0 if report.correct else 1
+
+
+def _step(args: argparse.Namespace) -> int:
+    from sgmd_dist.benchmarks import step
+    from sgmd_dist.recipe_file import load_recipe
+
+    report = step.run(load_recipe(args.recipe, args.overrides), args.steps)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(report.table(), flush=True)
+        _write(report, args.out)
+    return 0
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
     from sgmd_dist.benchmarks import checkpoint
     from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
     from sgmd_dist.recipe_file import load_recipe
@@ -34,55 +119,15 @@ def bench_checkpoint(args: argparse.Namespace) -> int:
         mesh = build_mesh(recipe.layout(ranks), device)
         report = checkpoint.run(recipe, mesh, args.dir / "bench_checkpoint", args.repeats)
         if mesh.is_main:
-            print(report.table())
-            if args.out is not None:
-                report.write(args.out)
-                print(args.out)
+            print(report.table(), flush=True)
+            _write(report, args.out)
     return 0
 
 
-def bench_kernels(args: argparse.Namespace) -> int:
-    import torch
-
-    from sgmd_dist.benchmarks import attention, kernels
-    from sgmd_dist.benchmarks.shapes import select
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    benchmark = {"kernels": kernels, "attention": attention}[args.command]
-    models, dtype = select(args.models, device), getattr(torch, args.dtype)
-    report = benchmark.run(models, dtype, device, args.repeats, timed=device.type == "cuda")
-    print(report.table())
-    if args.out is not None:
-        report.write(args.out)
-        print(args.out)
-    return 0 if report.correct else 1
-
-
-@reports_user_errors
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kernels|attention|checkpoint")
-    for name, description in (
-        ("kernels", "the fused operations: AdaLN, gated residual, norm with rotary embedding, SGMD's outer loss"),
-        ("attention", "the attention backends, self and cross"),
-    ):
-        command = commands.add_parser(name, help=description, description=description)
-        command.add_argument("--models", nargs="+", metavar="NAME", help="shapes of these models; default: all")
-        command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations")
-        command.add_argument("--repeats", type=int, default=20, help="timed runs of which the median is taken")
-        command.add_argument("--out", type=Path, help="write the results as JSON")
-        command.set_defaults(run=bench_kernels)
-    description = "stall, time and rate of synchronous and asynchronous saves of two networks with their optimizers"
-    command = commands.add_parser("checkpoint", help=description, description=description)
-    size = command.add_mutually_exclusive_group()
-    size.add_argument("--millions", type=positive_float, default=100.0, help="random Wans of so many parameters")
-    size.add_argument("--recipe", help="the networks that this recipe trains, instead")
-    command.add_argument("--dir", type=Path, default=Path("runs"), help="folder on the disk to measure; default: runs")
-    command.add_argument("--repeats", type=positive_int, default=3, help="saves of each kind; medians are taken")
-    command.add_argument("--out", type=Path, help="write the results as JSON")
-    command.set_defaults(run=bench_checkpoint)
-    args = parser.parse_args()
-    return args.run(args)
+def _write(report: Report | StepReport | CheckpointReport, path: Path | None) -> None:
+    if path is not None:
+        report.write(path)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Metrics:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._reductions: dict[str, Reduction] = {}
-        self._timers: dict[str, list[_Timer]] = {}
+        self._timers: dict[str, list[Timer]] = {}
 
     def record(self, name: str, value: Tensor | float, reduce: Reduction = "mean") -> None:
         """Add a scalar. `mean` averages over records and ranks; `sum` adds over records and ranks."""
@@ -45,7 +45,7 @@ class Metrics:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Measure the seconds of a block, on the device's clock, as the metric `name` (mean)."""
-        timer = _Timer(self._device)
+        timer = Timer(self._device)
         yield
         timer.stop()
         self._timers.setdefault(name, []).append(timer)
@@ -68,7 +68,7 @@ class Metrics:
         return self._counts[name] * dist.get_world_size() if self._reductions[name] == "mean" else 1
 
 
-class _Timer:
+class Timer:
     """Seconds between construction and `stop`: CUDA events on a GPU, so that nothing waits; else wall time."""
 
     def __init__(self, device: torch.device) -> None:
@@ -87,6 +87,7 @@ class _Timer:
         self._stop = self._now()
 
     def seconds(self) -> float:
+        """What was measured; waits for the device."""
         if not self._cuda:
             return self._stop - self._start
         self._stop.synchronize()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,25 @@ class Ema:
         torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in parameters.values()], 1 - decay)
 
 
+class Call(NamedTuple):
+    """A kind of call of a network: latents of `shape` `[B, C, F, H, W]`, and what its backward pass gives gradients to.
+
+    Without either there is no graph.
+    """
+
+    shape: tuple[int, ...]
+    for_input: bool
+    for_weights: bool
+
+    def passes(self, *, recomputes: bool) -> int:
+        """Sample-passes that the call leads to: forward 1, recompute 1, input and weight gradients 1 each.
+
+        Weight gradients need those of the layers' inputs.
+        """
+        backward = int(self.for_input or self.for_weights) + int(self.for_weights)
+        return self.shape[0] * (1 + backward + int(backward > 0 and recomputes))
+
+
 class Role:
     """One network: its module, and for a trained role its optimizer and, for the generator, an EMA.
 
@@ -42,20 +62,21 @@ class Role:
         self.model = model
         self.optimizer: torch.optim.AdamW | None = None
         self.ema: Ema | None = None
-        self.passes = 0.0
+        self.calls: Counter[Call] = Counter()
         self._recomputes = recomputes
         self._lr: AdamWSection | None = None
 
     def __call__(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
-        self.passes += x_sigma.shape[0] * self._cost(x_sigma)
+        self.calls[self._kind_of(x_sigma)] += 1
         return self.model.velocity(self.module, x_sigma, sigma, prompt_embeds, level)
 
-    def _cost(self, x_sigma: Tensor) -> int:
-        """Passes per sample that this call leads to: forward 1, recompute 1, input and weight gradients 1 each."""
-        if not torch.is_grad_enabled():
-            return 1
-        backward = int(x_sigma.requires_grad or self.is_training) + int(self.is_training)
-        return 1 + backward + int(backward > 0 and self._recomputes)
+    def _kind_of(self, x_sigma: Tensor) -> Call:
+        has_graph = torch.is_grad_enabled()
+        return Call(tuple(x_sigma.shape), has_graph and x_sigma.requires_grad, has_graph and self.is_training)
+
+    def passes(self) -> int:
+        """Sample-passes that the calls so far lead to, those of their backward passes included."""
+        return sum(count * call.passes(recomputes=self._recomputes) for call, count in self.calls.items())
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -145,7 +166,7 @@ class Roles(Mapping[str, Role]):
             for level in (0.0, *role.boundaries):
                 role(x, torch.full((1,), level, device=device), text, level)
             role.set_requires_grad(False)
-            role.passes = 0.0
+            role.calls.clear()
 
     def train_only(self, name: str | None) -> None:
         """Let the weights of role `name` take gradients and freeze all others; None freezes all.
@@ -167,9 +188,9 @@ class Roles(Mapping[str, Role]):
 
     def take_passes(self) -> dict[str, float]:
         """Sample-passes per role since the last call: forwards, recomputations and both kinds of backward."""
-        counts = {name: role.passes for name, role in self.items()}
+        counts = {name: float(role.passes()) for name, role in self.items()}
         for role in self.values():
-            role.passes = 0.0
+            role.calls.clear()
         return counts
 
 

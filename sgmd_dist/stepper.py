@@ -79,6 +79,10 @@ class Stepper:
             (loss / layout.accumulation).backward()
             for name, value in losses.metrics.items():
                 self.metrics.record(name, value)
+        self._update(phase, state)
+
+    def _update(self, phase: Phase, state: StepState) -> None:
+        """End a phase: the only place that writes to parameters, optimizers and the EMA."""
         self.before_write()
         self.metrics.record(f"{phase.role}/grad_norm", self.roles.step(phase.role, state.step))
 
