@@ -74,7 +74,8 @@ def dry_run(recipe_path: str, overrides: Sequence[str], world_size: int, ranks: 
 
 
 def trace(recipe: Recipe, world_size: int, rank: int) -> RankTrace:
-    """Take two optimizer steps as `rank` of `world_size`, in this process, which may have no process group.
+    """Take two optimizer steps as `rank` of `world_size`, in this process, which has no process group and traces once:
+    torch's caches remember groups.
 
     Raises:
         UserError: the recipe does not fit so many ranks, or its architecture is not known.

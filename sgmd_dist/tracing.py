@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.distributed_c10d import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,9 +80,9 @@ class Part:
 
 
 class Tracer(TorchDispatchMode):
-    """Records what runs under it, in parts. Enter it inside a `FakeTensorMode`.
+    """Records what runs under it, in parts: fake tensors, where it is entered inside a `FakeTensorMode`, or real ones.
 
-    A number that is read from a tensor (`item`, `tolist`) is 1: fake tensors have none.
+    A number that is read from a fake tensor (`item`, `tolist`) is 1: it has none.
     """
 
     def __init__(self) -> None:
@@ -130,7 +131,7 @@ class Tracer(TorchDispatchMode):
             return func(*args) if device is None else device
         if DTensor in types:
             return NotImplemented  # its local operations come here by themselves
-        if func is _SCALAR_OF:
+        if func is _SCALAR_OF and isinstance(args[0], FakeTensor):
             return 1
         traits = _traits(func)
         kwargs = kwargs or {}

@@ -17,6 +17,7 @@ SHARED = (
     "torchrun --nproc-per-node=4 launch/train.py recipes/tiny_sgmd.yaml parallel.ulysses=2 parallel.ring=2 run.steps=10"
     " run.dir=runs/tiny_shared"
 )
+BENCH_STEP = "python launch/bench.py step recipes/tiny_sgmd.yaml run.dir=runs/bench --out runs/step.json"
 TEACHER = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_teacher.yaml"
 
 # What makes a command short, or keeps it below {runs}.
@@ -25,6 +26,7 @@ SHORTER = {
     TRAIN: "run.dir={runs}/tiny_sgmd run.steps=20",
     RESUME: "run.dir={runs}/tiny_sgmd run.steps=40",
     SHARED: "run.steps=2",
+    BENCH_STEP: "--steps 1",
     TEACHER: "run.dir={runs}/tiny_teacher run.steps=2",
 }
 NOT_RUN = {
