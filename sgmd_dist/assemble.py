@@ -62,7 +62,7 @@ def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dic
     for name in names:
         model = build_model(recipe, name)
         module = build_meta_network(recipe, mesh, name, model)
-        materialize(module, model, mesh.device, offload=_is_offloaded(recipe, name))
+        materialize(module, model, mesh.device, offload=is_offloaded(recipe, name))
         _fill_with_weights(name, module, model, recipe.run.seed)
         networks[name] = (module, model)
     share_streams(network for module, model in networks.values() for network in model.networks(module))
@@ -80,7 +80,7 @@ def build_meta_network(recipe: Recipe, mesh: Mesh, name: str, model: VideoModel)
         recipe.parallel,
         mesh=mesh,
         compute_dtype=_DTYPES[recipe.model.compute_dtype],
-        offload=_is_offloaded(recipe, name),
+        offload=is_offloaded(recipe, name),
     )
 
 
@@ -91,7 +91,8 @@ def materialize(module: nn.Module, model: VideoModel, device: torch.device, *, o
     model.reset_buffers(module, device)
 
 
-def _is_offloaded(recipe: Recipe, role: str) -> bool:
+def is_offloaded(recipe: Recipe, role: str) -> bool:
+    """Whether the role's shards stay on the host."""
     return recipe.parallel.teacher_offload and role == "teacher"
 
 

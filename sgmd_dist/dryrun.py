@@ -24,12 +24,13 @@ from loguru import logger
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sgmd_dist.assemble import build_architecture, build_meta_network, build_objective, materialize
+from sgmd_dist.assemble import build_architecture, build_meta_network, build_objective, is_offloaded, materialize
 from sgmd_dist.batch import Batch
 from sgmd_dist.data.sources import latent_shape_of
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
 from sgmd_dist.objectives.base import Phase, StepState
+from sgmd_dist.parallel.apply import share_streams
 from sgmd_dist.parallel.mesh import Mesh, build_mesh
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import load_recipe
@@ -89,9 +90,12 @@ def trace(recipe: Recipe, world_size: int, rank: int) -> RankTrace:
         mesh = build_mesh(layout, torch.device("cpu"))
         networks = {name: (build_meta_network(recipe, mesh, name, model), model) for name, model in models.items()}
         with FakeTensorMode(allow_non_fake_inputs=True), tracer:  # noise is drawn, and then faked
-            for module, model in networks.values():
-                materialize(module, model, mesh.device)
-                tracer.assign("parameters", [*module.parameters(), *module.buffers()])
+            for name, (module, model) in networks.items():
+                offload = is_offloaded(recipe, name)
+                materialize(module, model, mesh.device, offload=offload)
+                tracer.assign("host" if offload else "parameters", module.parameters())
+                tracer.assign("parameters", module.buffers())
+            share_streams(module for module, _ in networks.values())
             text_dim = models["generator"].text_dim()
             batches = FakeBatches(
                 recipe, mesh, latent_shape, text_dim, with_latents=objective.needs_latents is not None

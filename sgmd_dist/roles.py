@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.recipe import AdamWSection, LrScheduleSection, OptimSection
@@ -28,7 +28,8 @@ class Ema:
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         """shadow <- decay shadow + (1 - decay) parameters, which are those that the shadow was made of."""
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in parameters.values()], 1 - decay)
+        shadows, values = (_local(tensors.values()) for tensors in (self.shadow, parameters))
+        torch._foreach_lerp_(shadows, values, 1 - decay)
 
 
 class Call(NamedTuple):
@@ -64,6 +65,7 @@ class Role:
         self.ema: Ema | None = None
         self.calls: Counter[Call] = Counter()
         self._recomputes = recomputes
+        self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self._lr: AdamWSection | None = None
 
     def __call__(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
@@ -111,9 +113,8 @@ class Role:
         A unit that is still gathered keeps gradients outside `param.grad`, where they would leak into the next
         update.
         """
-        for part in self.module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        for unit in self._units:
+            unit.reshard()
         self.module.requires_grad_(value)
 
     def step(self, step: int, max_grad_norm: float, lr_factor: float) -> Tensor:
@@ -122,12 +123,12 @@ class Role:
         A `max_grad_norm` of 0 means no clipping.
         """
         assert self.optimizer is not None and self._lr is not None, f"{self.name} is frozen"
-        norm = clip_grad_norm_(self.parameters.values(), max_grad_norm or math.inf)
+        norm = _clip([p.grad for p in self.parameters.values() if p.grad is not None], max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr.lr.at(step) * lr_factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm
 
 
 class Roles(Mapping[str, Role]):
@@ -192,6 +193,22 @@ class Roles(Mapping[str, Role]):
         for role in self.values():
             role.calls.clear()
         return counts
+
+
+@torch.no_grad()
+def _clip(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, with one reduction of the norm and no DTensor in the scaling."""
+    norm = get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if max_norm:
+        torch._foreach_mul_(_local(gradients), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+@torch.no_grad()
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's shards, on which elementwise operations cost a fraction of what they do on DTensors."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def lr_factor(section: LrScheduleSection, step: int, num_steps: int) -> float:

@@ -16,15 +16,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.distributed.distributed_c10d import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgmd_dist.parallel.mesh import process_group_of
 
-Category = Literal["parameters", "gradients", "optimizer", "ema", "gathered", "activations"]
-CATEGORIES: tuple[Category, ...] = get_args(Category)
+Category = Literal["parameters", "gradients", "optimizer", "ema", "gathered", "activations", "host"]
+CATEGORIES: tuple[Category, ...] = get_args(Category)[:-1]  # on the device
 
 _GROUP_ARGUMENTS = ("process_group", "group_name", "group")
 _DEVICE_OF = torch.ops.prim.device.default
@@ -116,14 +116,10 @@ class Tracer(TorchDispatchMode):
         self._note_peak()
 
     def assign(self, category: Category, tensors: Iterable[Tensor]) -> None:
-        """Count the storages of `tensors` under `category` from now on."""
+        """Count the storages of `tensors` under `category` from now on; those of `host` count for nothing."""
         for tensor in tensors:
             local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
             self._count(local.untyped_storage(), category, move=True)
-
-    def live_bytes(self) -> Mapping[Category, int]:
-        """What lives now, by category."""
-        return {category: self._bytes[category] for category in CATEGORIES}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF:  # the most frequent by far: answered here, it costs a fifth
@@ -137,7 +133,10 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if traits.group_position is not None:
             self.parts[-1].collectives.append(_collective(traits, args, kwargs))
-        result = func(*args, **kwargs)
+        if traits.is_view and isinstance(args[0], FakeTensor):
+            result = _view(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
         if traits.category is not None:
             for tensor in _tensors((result, kwargs.get("out"))):
                 self._count(tensor.untyped_storage(), traits.category, move=True)
@@ -153,8 +152,7 @@ class Tracer(TorchDispatchMode):
             size, reference = storage.nbytes(), weakref.ref(storage, lambda _, key=key: self._forget(key))
         elif move and known[1] != category:
             size, before, reference = known
-            self._bytes[before] -= size
-            self._total -= size
+            self._add(before, -size)
         else:
             return
         self._live[key] = (size, category, reference)
@@ -169,18 +167,28 @@ class Tracer(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         size, category, _ = self._live.pop(key)
-        self._bytes[category] -= size
-        self._total -= size
+        self._add(category, -size)
 
     def _add(self, category: Category, size: int) -> None:
         self._bytes[category] += size
-        self._total += size
+        if category != "host":
+            self._total += size
         if self._total > self._peak:
             self._note_peak()
 
     def _note_peak(self) -> None:
         self._peak = self._total
         self.parts[-1].peak = {category: self._bytes[category] for category in CATEGORIES}
+
+
+def _view(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What `FakeTensorMode` makes of a view, in a quarter of its time: a third of all operations are views."""
+    fake = args[0]
+    with in_kernel_invocation_manager(fake.fake_mode):
+        result = func(*args, **kwargs)
+    if isinstance(result, Tensor):
+        return FakeTensor(fake.fake_mode, result, fake.fake_device)
+    return type(result)(FakeTensor(fake.fake_mode, part, fake.fake_device) for part in result)
 
 
 class _Traits(NamedTuple):
