@@ -95,7 +95,7 @@ def trace(recipe: Recipe, world_size: int, rank: int) -> RankTrace:
                 materialize(module, model, mesh.device, offload=offload)
                 tracer.assign("host" if offload else "parameters", module.parameters())
                 tracer.assign("parameters", module.buffers())
-            share_streams(module for module, _ in networks.values())
+            share_streams(root for module, model in networks.values() for root in model.networks(module))
             text_dim = models["generator"].text_dim()
             batches = FakeBatches(
                 recipe, mesh, latent_shape, text_dim, with_latents=objective.needs_latents is not None

@@ -36,7 +36,6 @@ from sgmd_dist.trainer import Trainer
 
 BUDGET = 1.05  # step time over that of its passes
 WARM_UP_STEPS = 2
-_LEVEL = 0.5  # the noise level of bare passes: of a pair of experts, which cost the same, one
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}  # bfloat16, dense, by a part of the name
 
 
@@ -213,7 +212,7 @@ class MeasuredTrainer(Trainer):
         device, size = self.mesh.device, call.shape[0]
         x = torch.randn(call.shape, device=device, requires_grad=call.for_input)
         prompts = torch.randn(size, self.recipe.model.text_tokens, role.model.text_dim(), device=device).bfloat16()
-        return x, torch.full((size,), _LEVEL, device=device), prompts
+        return x, torch.full((size,), _level(role, call), device=device), prompts
 
     def _report(
         self,
@@ -238,7 +237,9 @@ class MeasuredTrainer(Trainer):
             step_s=seconds["step"],
             phases_s={k.removeprefix("phase "): v for k, v in seconds.items() if k.startswith("phase ")},
             passes=[
-                Pass(name, _kind(call), list(call.shape), count / num_steps, bare_s[name, call] / count)
+                Pass(
+                    self._name(name, call), _kind(call), list(call.shape), count / num_steps, bare_s[name, call] / count
+                )
                 for (name, call), count in calls.items()
             ],
             passes_s=sum(bare_s.values()) / num_steps,
@@ -252,6 +253,9 @@ class MeasuredTrainer(Trainer):
             peak_is="max_memory_allocated" if self.mesh.device.type == "cuda" else "growth of the resident set",
         )
 
+    def _name(self, role: str, call: Call) -> str:
+        return f"{role} (expert {call.expert})" if self.roles[role].boundaries else role
+
     def _num_tokens(self, calls: Mapping[tuple[str, Call], int]) -> float:
         """Tokens of a video, mean over the calls."""
         model = self.roles["generator"].model
@@ -260,7 +264,7 @@ class MeasuredTrainer(Trainer):
 
     def _flops(self, role: Role, call: Call) -> int:
         """Multiplications and additions of a call with its backward pass on this rank, recomputation not counted."""
-        forward = Call(call.shape, False, False)
+        forward = Call(call.shape, False, False, call.expert)
         with FlopCounterMode(display=False, custom_mapping=_FLOPS_OF) as counter:
             bare_pass(role, forward, self._inputs(role, forward), None)
         return counter.get_total_flops() * (1 + (call.for_input or call.for_weights) + call.for_weights)
@@ -275,9 +279,14 @@ def bare_pass(role: Role, call: Call, inputs: tuple[Tensor, Tensor, Tensor], cot
     """
     inputs[0].grad = None
     with torch.set_grad_enabled(call.for_input or call.for_weights):
-        velocity = role.model.velocity(role.module, *inputs, _LEVEL)
+        velocity = role.model.velocity(role.module, *inputs, _level(role, call))
     if velocity.requires_grad:
         velocity.backward(cotangent)
+
+
+def _level(role: Role, call: Call) -> float:
+    """A noise level that the call's expert serves."""
+    return (0.0, *role.boundaries)[call.expert]
 
 
 def _kind(call: Call) -> str:
