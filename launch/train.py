@@ -86,8 +86,10 @@ def _inspect(where: Path) -> int:
 def _dry_run(args: argparse.Namespace) -> int:
     from sgmd_dist import dryrun
     from sgmd_dist.parallel.mesh import world_size
+    from sgmd_dist.recipe_file import load_recipe
 
     size = args.world_size or world_size()
+    load_recipe(args.recipe, args.overrides).layout(size)  # what is wrong is said before any process starts
     if args.rank is not None and args.rank >= size:
         raise UserError(f"--rank {args.rank}: there are {size} ranks; give one from 0 to {size - 1}, or --world-size")
     ranks = dryrun.chosen_ranks(size) if args.rank is None else [args.rank]

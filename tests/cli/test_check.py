@@ -63,6 +63,20 @@ def test_a_wrong_recipe_is_refused_before_anything_starts(arguments: str, messag
 
 
 @pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--world-size 3", "data.global_batch_size = 8 is not a multiple"),
+        ("--world-size 2 --rank 2", "--rank 2: there are 2 ranks"),
+        ("--world-size 2 model.pretrained=null", "model.config"),
+    ],
+)
+def test_a_dry_run_that_cannot_be_is_refused(arguments: str, message: str) -> None:
+    done = run(f"python launch/train.py recipes/tiny_sgmd.yaml --dry-run {arguments}")
+    assert done.code == 2, done.output
+    assert len(done.errors()) == 1 and message in done.errors()[0], done.output
+
+
+@pytest.mark.parametrize(
     "command, message",
     [
         ("python launch/sample.py {folder} --prompts x --out {folder}/out", "checkpoint"),
