@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 LatentShape = tuple[int, int, int, int]  # (C, F, H, W) of one video's latents
+Gradient = Literal["none", "input", "weights"]  # what backward computes: nothing, the input's gradient, or the weights'
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,77 @@ class AttentionShape:
     num_blocks: int
     num_heads: int
     head_size: int
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """One pass as a rank computes it: samples, latents, text tokens, and the ring x ulysses ranks that share a sample.
+
+    `fused_norms`: whether torch's RMSNorm is one kernel, as on CUDA; on a CPU it keeps more for backward.
+    """
+
+    batch: int
+    latent_shape: LatentShape
+    text_tokens: int
+    ring: int = 1
+    ulysses: int = 1
+    fused_norms: bool = True
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of a part of a pass: forward, and backward for the input alone or for the weights."""
+
+    forward: float
+    input: float
+    weights: float
+
+    def backward(self, gradient: Gradient) -> float:
+        """The backward operations for `gradient`."""
+        return {"none": 0.0, "input": self.input, "weights": self.weights}[gradient]
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Activations of a pass on a rank; gradients to the input or the weights, in pairs (input, weights).
+
+    Attributes:
+        block_input: a block's input: what checkpointing keeps of a block.
+        attention: a block's attention outputs with their log-sum-exps: what selective checkpointing keeps besides.
+        block_saved: what autograd keeps of a block, without its input.
+        block_forward: the peak inside a block's forward without a graph, without its input.
+        block_backward: the peak above `block_saved` while a block is recomputed and run backward.
+        shared: what all blocks read: the text, the modulations, rotary angles.
+        rest_saved: what autograd keeps of the layers before and behind the blocks, `shared` apart.
+    """
+
+    block_input: int
+    attention: int
+    block_saved: tuple[int, int]
+    block_forward: int
+    block_backward: tuple[int, int]
+    shared: int
+    rest_saved: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """What one pass of a network costs a rank.
+
+    Attributes:
+        num_blocks: blocks that the pass runs.
+        linear, attention: of all blocks together.
+        rest: of the layers before and behind them.
+        activations: bytes.
+        output_numbers: numbers that the rank's last projection makes.
+    """
+
+    num_blocks: int
+    linear: Flops
+    attention: Flops
+    rest: Flops
+    activations: ActivationBytes
+    output_numbers: int
 
 
 class SequenceAxis(Protocol):
@@ -98,6 +170,10 @@ class VideoModel(Protocol):
 
     def num_tokens(self, latent_shape: LatentShape) -> int:
         """Length L of the sequence that latents of this shape make."""
+        ...
+
+    def pass_costs(self, shape: PassShape) -> PassCosts:
+        """FLOPs and activation bytes of one pass, by formulas."""
         ...
 
     def reset_buffers(self, module: nn.Module, device: torch.device) -> None:

@@ -17,10 +17,11 @@ from sgmd_dist import rng
 from sgmd_dist.errors import UserError
 from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
 from sgmd_dist.models._wan_attention import attach
+from sgmd_dist.models._wan_costs import pass_costs
 from sgmd_dist.models._wan_experts import WanExperts
 from sgmd_dist.models._wan_folder import read_folder
 from sgmd_dist.models._wan_fused import fuse
-from sgmd_dist.models.base import AttentionShape, LatentShape, SequenceAxis
+from sgmd_dist.models.base import AttentionShape, LatentShape, PassCosts, PassShape, SequenceAxis
 from sgmd_dist.recipe import ModelSection, wrong
 from sgmd_dist.recipe import Section as RecipeSection
 
@@ -190,6 +191,9 @@ class Wan:
     def num_tokens(self, latent_shape: LatentShape) -> int:
         sizes = zip(latent_shape[1:], self.config["patch_size"], strict=True)
         return math.prod(size // patch for size, patch in sizes)
+
+    def pass_costs(self, shape: PassShape) -> PassCosts:
+        return pass_costs(self.config, shape, per_token=self.expand_timesteps, item_bytes=self.compute_dtype.itemsize)
 
     def reset_buffers(self, module: nn.Module, device: torch.device) -> None:
         head_dim, patch_size = self.config["attention_head_dim"], self.config["patch_size"]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sgmd_dist import flow, rng
 from sgmd_dist.batch import Batch
+from sgmd_dist.models.base import Gradient
 from sgmd_dist.motion import latent_motion
-from sgmd_dist.objectives.base import Losses, Phase, StepState, latents_of, per_sample_mean
+from sgmd_dist.objectives.base import Losses, Passes, Phase, StepState, latents_of, per_sample_mean
 from sgmd_dist.recipe import ObjectiveSection, wrong
 from sgmd_dist.roles import Role, Roles
 from sgmd_dist.rollout import GuidanceMode, backward_simulation, guided
@@ -86,7 +87,12 @@ class Renoised:
 
 
 class Distillation:
-    """Base of the objectives: one generator update on `generator_loss`, then the fake score's updates."""
+    """Base of the objectives: one generator update on `generator_loss`, then the fake score's updates.
+
+    `score_gradient`: what the generator's loss differentiates the fake score for.
+    """
+
+    score_gradient: Gradient = "none"
 
     def __init__(self, section: DistillationSection) -> None:
         self.roles = {"teacher": False, "generator": True, "fake_score": True}
@@ -96,11 +102,12 @@ class Distillation:
 
     def phases(self, step: int) -> Sequence[Phase]:
         reuse = self.section.inner_sample == "reuse"
+        fake_passes = (*(() if reuse else self._rollout_passes(step, "none")), Passes("fake_score", "weights"))
         fake = [
-            Phase("fake_score", partial(self._fake_phase, update=i), "same" if reuse else "next")
+            Phase("fake_score", partial(self._fake_phase, update=i), "same" if reuse else "next", fake_passes)
             for i in range(self.section.num_fake_updates(step))
         ]
-        return [Phase("generator", self._generator_phase), *fake]
+        return [Phase("generator", self._generator_phase, passes=self._generator_passes(step)), *fake]
 
     def generator_loss(self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor) -> Losses:
         """The generator's loss on its sample `x_g` `[B, C, F, H, W]`, which carries the graph."""
@@ -114,9 +121,38 @@ class Distillation:
         """A loss on the generator's first step; None where the objective has none at this step."""
         return None
 
+    def extra_passes(self, step: int) -> tuple[Passes, ...]:
+        """The passes of `extra_generator_loss`; none where it is None."""
+        return ()
+
     def min_exit(self, step: int) -> int:
         """The first step of the chain at which a rollout may exit, at optimizer step `step`."""
         return 0
+
+    def _generator_passes(self, step: int) -> tuple[Passes, ...]:
+        extra = self.extra_passes(step)
+        rollout = self._rollout_passes(step, "weights", first_is_known=bool(extra))
+        return (*extra, *rollout, Passes("fake_score", self.score_gradient), *self.teacher_passes(step))
+
+    def _rollout_passes(self, step: int, gradient: Gradient, *, first_is_known: bool = False) -> tuple[Passes, ...]:
+        """Of `_rollout`: steps without a graph up to the exit, and the exit's pass with `gradient`."""
+        if self.section.rollout == "data":
+            return (Passes("generator", gradient),)
+        exits = range(self.min_exit(step), self.section.student_steps)
+        before = [max(index - first_is_known, 0) for index in exits]
+        at_exit = [0 if index == 0 and first_is_known else 1 for index in exits]
+        return (
+            Passes("generator", "none", sum(before) / len(exits), max(before)),
+            Passes("generator", gradient, sum(at_exit) / len(exits), max(at_exit)),
+        )
+
+    def teacher_passes(self, step: int, evaluations: int = 1) -> tuple[Passes, ...]:
+        """So many evaluations of `teacher_velocity`."""
+        if self.section.guidance_scale.at(step) == 1.0:
+            return (Passes("teacher", "none", evaluations, evaluations),)
+        if self.section.guidance == "batched":
+            return (Passes("teacher", "none", evaluations, evaluations, batch=2),)
+        return (Passes("teacher", "none", 2 * evaluations, 2 * evaluations),)
 
     def _generator_phase(self, roles: Roles, batch: Batch, state: StepState) -> Losses:
         noise = draw_noise("rollout", batch, state)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sgmd_dist.batch import Batch
 from sgmd_dist.errors import UserError
+from sgmd_dist.models.base import Gradient
 from sgmd_dist.roles import Roles
 
 
@@ -52,15 +53,36 @@ class StepState:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Forward passes of a role's network in one micro-batch, for plans.
+
+    Attributes:
+        role: whose network runs.
+        gradient: what backward computes through them: nothing, the gradient of the network's input alone, or that of
+            its weights (and of all activations between).
+        mean, most: how many there are, in expectation and at most over the random draws.
+        batch: samples in a pass per sample of the micro-batch.
+    """
+
+    role: str
+    gradient: Gradient
+    mean: float = 1.0
+    most: int = 1
+    batch: int = 1
+
+
+@dataclass(frozen=True)
 class Phase:
-    """One optimizer update: the role to train, its loss, and where its batches come from.
+    """One optimizer update: the role to train, its loss, where its batches come from, and the passes it takes.
 
     `data`: `next` takes the next units of the stream, `same` the batches that the step's first phase took.
+    `passes`: of one micro-batch, in the order in which the loss runs them; graphs live until the loss is whole.
     """
 
     role: str
     loss: Callable[[Roles, Batch, StepState], Losses]
     data: Literal["next", "same"] = "next"
+    passes: tuple[Passes, ...] = ()
 
 
 class Objective(Protocol):

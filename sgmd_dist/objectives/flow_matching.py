@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sgmd_dist import flow, rng
 from sgmd_dist.batch import Batch
-from sgmd_dist.objectives.base import Losses, Phase, StepState, latents_of, per_sample_mean
+from sgmd_dist.objectives.base import Losses, Passes, Phase, StepState, latents_of, per_sample_mean
 from sgmd_dist.recipe import ObjectiveSection
 from sgmd_dist.roles import Roles
 
@@ -48,7 +48,7 @@ class FlowMatching:
         self.section = section
 
     def phases(self, step: int) -> Sequence[Phase]:
-        return [Phase("generator", self._loss)]
+        return [Phase("generator", self._loss, passes=(Passes("generator", "weights"),))]
 
     def _loss(self, roles: Roles, batch: Batch, state: StepState) -> Losses:
         x0, seed = latents_of(batch, self.needs_latents), state.seed

@@ -25,7 +25,7 @@ from sgmd_dist.objectives._distillation import (
     score_metrics,
     teacher_distance,
 )
-from sgmd_dist.objectives.base import Losses, StepState, per_sample_mean
+from sgmd_dist.objectives.base import Losses, Passes, StepState, per_sample_mean
 from sgmd_dist.recipe import Section as RecipeSection
 from sgmd_dist.recipe import wrong
 from sgmd_dist.roles import Roles
@@ -99,6 +99,7 @@ def build(section: Section) -> Sgmd:
 class Sgmd(Distillation):
     """SGMD: Fisher matching through the fake score's Jacobian, NR as its brake, RC for the fake score."""
 
+    score_gradient = "input"
     section: Section
 
     def generator_loss(self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor) -> Losses:
@@ -134,6 +135,12 @@ class Sgmd(Distillation):
         target = self._diversity_target(roles, batch, state, noise)
         velocity = roles["generator"](noise, torch.ones(batch.size, device=noise.device), batch.prompt_embeds, 1.0)
         return ExtraLoss(per_sample_mean((velocity - target) ** 2), weight, velocity)
+
+    def extra_passes(self, step: int) -> tuple[Passes, ...]:
+        diversity = self.section.diversity
+        if diversity.weight.at(step) == 0:
+            return ()
+        return (*self.teacher_passes(step, diversity.steps), Passes("generator", "weights"))
 
     @torch.no_grad()
     def _diversity_target(self, roles: Roles, batch: Batch, state: StepState, noise: Tensor) -> Tensor:
