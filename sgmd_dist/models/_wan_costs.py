@@ -119,16 +119,18 @@ def _activations(z: _Sizes, config: Mapping[str, Any], *, fused_norms: bool) -> 
     is_mixed = s < 4
     lse = 4 * z.N * z.H
     forward, backward = _transients(z)
-    head = 4 * tokens + 8 * z.N  # the last norm's input in float32, its rows' statistics
+    head = 4 * tokens + 8 * z.N + s * z.M * z.D  # the last norm's input in float32, its rows' statistics, 1 + scale
     embedded = s * z.M * (config["freq_dim"] + 4 * z.D) + s * z.B * z.T * (config["text_dim"] + 2 * z.D)
     rotary = 8 * z.c * config["attention_head_dim"]
     return ActivationBytes(
         block_input=s * tokens,
+        input_saved=0 if is_mixed else s * tokens,
         attention=2 * (s * tokens + lse),
         block_saved=_saved(z, is_mixed=is_mixed, normed_text=config["cross_attn_norm"], fused_norms=fused_norms),
         block_forward=forward,
         block_backward=backward,
-        shared=s * text + s * 6 * z.M * z.D + rotary,
+        shared=s * text + rotary,
+        modulations=s * 6 * z.M * z.D,
         rest_saved=(head, head + (4 + s) * tokens + embedded),
     )
 

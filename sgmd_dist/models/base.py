@@ -62,20 +62,24 @@ class ActivationBytes:
 
     Attributes:
         block_input: a block's input: what checkpointing keeps of a block.
+        input_saved: what of it autograd keeps without checkpointing.
         attention: a block's attention outputs with their log-sum-exps: what selective checkpointing keeps besides.
         block_saved: what autograd keeps of a block, without its input.
         block_forward: the peak inside a block's forward without a graph, without its input.
         block_backward: the peak above `block_saved` while a block is recomputed and run backward.
-        shared: what all blocks read: the text, the modulations, rotary angles.
+        shared: what all blocks read: the text, rotary angles.
+        modulations: what all blocks derive their own modulations from; checkpointing keeps it, autograd does not.
         rest_saved: what autograd keeps of the layers before and behind the blocks, `shared` apart.
     """
 
     block_input: int
+    input_saved: int
     attention: int
     block_saved: tuple[int, int]
     block_forward: int
     block_backward: tuple[int, int]
     shared: int
+    modulations: int
     rest_saved: tuple[int, int]
 
 

@@ -77,7 +77,12 @@ class Traffic:
 
     all_to_alls: int
     hops: int
-    sent_bytes: int
+    all_to_all_bytes: int
+    hop_bytes: int
+
+    @property
+    def sent_bytes(self) -> int:
+        return self.all_to_all_bytes + self.hop_bytes
 
 
 def traffic(
@@ -93,8 +98,8 @@ def traffic(
     gradient_hops = ring * (ring > 1)
     gradients = 2 * numbers * gradient_hops * 4
     return (
-        Traffic(all_to_alls, hops, exchanged + keys),
-        Traffic(all_to_alls, hops + gradient_hops, exchanged + keys + gradients),
+        Traffic(all_to_alls, hops, exchanged, keys),
+        Traffic(all_to_alls, hops + gradient_hops, exchanged, keys + gradients),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,11 @@ def block_of(model: Wan, gradient: Gradient, batch: int = 2) -> Block:
 
 def saved_bytes(block: Block) -> int:
     """Bytes of the storages that autograd keeps of a block, without parameters, its input and what blocks share."""
-    apart = [*block.module.parameters(), *block.shared, block.arguments[0]]
+    return kept_bytes(block.run, [*block.module.parameters(), *block.shared, block.arguments[0]])
+
+
+def kept_bytes(run: Callable[[], Tensor], apart: Sequence[Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps of `run`, without those of the tensors `apart`."""
     passed_over = {t.untyped_storage().data_ptr() for t in apart}
     kept: dict[int, Tensor] = {}
 
@@ -89,7 +94,7 @@ def saved_bytes(block: Block) -> int:
         return t
 
     with saved_tensors_hooks(keep, lambda t: t):
-        block.run()
+        run()
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_wan import LiveBytes, block_of, pass_shape, saved_bytes, small_wan
+from small_wan import LATENTS, TEXT_TOKENS, LiveBytes, block_of, kept_bytes, network, pass_shape, saved_bytes, small_wan
 from torch.utils.checkpoint import checkpoint
 
 from sgmd_dist.models.base import Gradient
+from sgmd_dist.planner.memory import graph_bytes
 
 GRADIENTS: tuple[Gradient, ...] = ("input", "weights")
 
@@ -54,3 +55,19 @@ def test_the_peak_while_a_block_is_recomputed_and_run_backward(
     planned = model.pass_costs(pass_shape()).activations
     which = GRADIENTS.index(gradient)
     assert live.peak == pytest.approx(planned.block_saved[which] + planned.block_backward[which], rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_what_a_whole_network_keeps_without_checkpointing(dtype: str, per_token: bool, gradient: Gradient) -> None:
+    """Within 2%."""
+    model = small_wan(dtype, per_token=per_token)
+    module = network(model).requires_grad_(gradient == "weights")
+    latents = torch.randn(2, *LATENTS, requires_grad=gradient == "input")
+    text = torch.randn(2, TEXT_TOKENS, model.text_dim())
+    kept = kept_bytes(
+        lambda: model.velocity(module, latents, torch.full((2,), 0.5), text), [*module.parameters(), latents, text]
+    )
+    costs = model.pass_costs(pass_shape())
+    assert kept == pytest.approx(graph_bytes(costs.activations, costs.num_blocks, gradient, "none"), rel=0.02)

@@ -1,0 +1,68 @@
+"""The machine that a run is planned for, and how the recipe lies on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sgmd_dist.recipe import Recipe
+
+GIB = 2**30
+
+# Of the GPU's memory, what a run may fill: the rest goes to the CUDA context, NCCL, workspaces and fragmentation.
+USABLE_SHARE = 0.92
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Equal nodes of equal GPUs.
+
+    Attributes:
+        gpu_memory: GiB of a GPU.
+        peak_tflops: dense bfloat16 TFLOP/s of a GPU; the default is an H100's.
+        mfu: the share of it that passes reach, recomputations counted as work.
+        intra_bandwidth, inter_bandwidth: GB/s that a GPU sends to others in its node and across nodes, as collectives
+            reach them.
+        host_bandwidth: GB/s between a GPU and its host.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    gpu_memory: float
+    peak_tflops: float = 989.0
+    mfu: float = 0.4
+    intra_bandwidth: float = 300.0
+    inter_bandwidth: float = 40.0
+    host_bandwidth: float = 40.0
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(USABLE_SHARE * self.gpu_memory * GIB)
+
+    def bandwidth(self, span: int) -> float:
+        """Bytes per second of a group whose ranks lie within `span` consecutive ones."""
+        return 1e9 * (self.intra_bandwidth if span <= self.gpus_per_node else self.inter_bandwidth)
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The recipe's choices about memory and speed, as plans read them."""
+
+    checkpointing: str
+    compute_bytes: int
+    reshard_after_forward: bool = True
+    forward_prefetch: int = 0
+    backward_prefetch: int = 1
+    teacher_offload: bool = False
+    asynchronous_saves: bool = False
+
+
+def knobs_of(recipe: Recipe) -> Knobs:
+    """The knobs that the recipe sets."""
+    return Knobs(
+        checkpointing=recipe.parallel.activation_checkpointing,
+        compute_bytes=2 if recipe.model.compute_dtype == "bfloat16" else 4,
+    )

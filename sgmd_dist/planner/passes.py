@@ -1,0 +1,82 @@
+"""Network passes of an optimizer step, with what each costs a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sgmd_dist.models.base import PassCosts
+from sgmd_dist.objectives.base import Passes, Phase
+
+
+@dataclass(frozen=True)
+class PlannedPasses:
+    """Passes of one role with the costs of one of them."""
+
+    passes: Passes
+    costs: PassCosts
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A phase's passes for one micro-batch, in their order."""
+
+    role: str
+    passes: tuple[PlannedPasses, ...]
+    reuses_samples: bool
+
+
+def sample_passes(phases: Sequence[Phase], *, recomputes: bool) -> dict[str, tuple[float, int]]:
+    """Passes of a step per sample of the batch by role, (in expectation, at most): a forward, a recomputation and each
+    kind of backward count 1, as in `Role.passes`."""
+    counts: dict[str, tuple[float, int]] = {}
+    for phase in phases:
+        for passes in phase.passes:
+            each = passes.batch * _passes_each(passes, recomputes)
+            mean, most = counts.get(passes.role, (0.0, 0))
+            counts[passes.role] = (mean + each * passes.mean, most + each * passes.most)
+    return counts
+
+
+def _passes_each(passes: Passes, recomputes: bool) -> int:
+    backward = {"none": 0, "input": 1, "weights": 2}[passes.gradient]
+    return 1 + backward + int(backward > 0 and recomputes)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Floating-point operations of a GPU in an optimizer step, recomputations included."""
+
+    linear: float
+    attention: float
+    rest: float
+    recomputed: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.rest + self.recomputed
+
+
+def step_flops(phases: Sequence[PlannedPhase], *, checkpointing: str, accumulation: int) -> StepFlops:
+    """FLOPs of a step: expected passes of all micro-batches."""
+    linear = attention = rest = recomputed = 0.0
+    for planned in _all_passes(phases):
+        count, costs, gradient = planned.passes.mean * accumulation, planned.costs, planned.passes.gradient
+        linear += count * (costs.linear.forward + costs.linear.backward(gradient))
+        attention += count * (costs.attention.forward + costs.attention.backward(gradient))
+        rest += count * (costs.rest.forward + costs.rest.backward(gradient))
+        if gradient != "none":
+            recomputed += count * recomputed_flops(costs, checkpointing)
+    return StepFlops(linear, attention, rest, recomputed)
+
+
+def recomputed_flops(costs: PassCosts, checkpointing: str) -> float:
+    """What a backward pass computes again: blocks, without their attention where its outputs are kept."""
+    if checkpointing == "none":
+        return 0.0
+    return costs.linear.forward + (costs.attention.forward if checkpointing == "block" else 0.0)
+
+
+def _all_passes(phases: Sequence[PlannedPhase]) -> Iterator[PlannedPasses]:
+    for phase in phases:
+        yield from phase.passes

@@ -1,0 +1,156 @@
+"""The plan of a run: everything that follows from the recipe, the networks' shapes and the machine. No weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from sgmd_dist.assemble import build_architecture, build_objective
+from sgmd_dist.data.sources import latent_shape_of
+from sgmd_dist.models.base import LatentShape, PassShape, VideoModel
+from sgmd_dist.objectives.base import Phase
+from sgmd_dist.parallel.sequence import Partition
+from sgmd_dist.planner.machine import Machine, knobs_of
+from sgmd_dist.planner.memory import PhaseMemory, phase_memory
+from sgmd_dist.planner.passes import PlannedPasses, PlannedPhase, StepFlops, sample_passes, step_flops
+from sgmd_dist.planner.storage import Storage, storage_of
+from sgmd_dist.planner.traffic import Flow, exchange_of, step_flows
+from sgmd_dist.planner.weights import FLOAT32, RoleBytes, network_of, role_bytes
+from sgmd_dist.recipe import Layout, Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs; bytes, FLOPs and seconds are those of one GPU and one optimizer step.
+
+    Attributes:
+        passes: per sample of the batch by role, (in expectation, at most), as `Role.passes` counts them.
+        roles: bytes by role.
+        planned: the phases that differ from each other, with their passes and what one of them costs.
+        phases: the fullest moment of each of them.
+        flows: communication by kind and axis.
+        compute_seconds: FLOPs at the machine's share of its peak.
+    """
+
+    recipe: str
+    step: int
+    machine: Machine
+    layout: Layout
+    latent_shape: LatentShape
+    tokens: int
+    passes: dict[str, tuple[float, int]]
+    roles: tuple[RoleBytes, ...]
+    planned: tuple[PlannedPhase, ...]
+    phases: tuple[PhaseMemory, ...]
+    flops: StepFlops
+    flows: tuple[Flow, ...]
+    storage: Storage
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(phase.peak for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.machine.usable_bytes
+
+    @property
+    def compute_seconds(self) -> float:
+        return self.flops.total / (self.machine.mfu * self.machine.peak_tflops * 1e12)
+
+    @property
+    def hidden_seconds(self) -> float:
+        """Communication that runs beside the computation."""
+        return sum(flow.seconds for flow in self.flows if flow.hidden)
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Communication that the computation waits for."""
+        return sum(flow.seconds for flow in self.flows if not flow.hidden)
+
+    @property
+    def step_seconds(self) -> float:
+        """The longer of computation and what runs beside it, and then what it waits for."""
+        return max(self.compute_seconds, self.hidden_seconds) + self.exposed_seconds
+
+
+def make_plan(recipe: Recipe, machine: Machine, step: int = 0) -> Plan:
+    """Plan optimizer step `step` of a recipe on a machine.
+
+    Raises:
+        UserError: the recipe does not divide over the machine's ranks, or a network is neither there nor described.
+    """
+    layout, knobs = recipe.layout(machine.world_size), knobs_of(recipe)
+    objective = build_objective(recipe)
+    models = {role: build_architecture(recipe, role) for role in objective.roles}
+    networks = {role: network_of(model, layout.dp_shard * layout.sequence_size) for role, model in models.items()}
+    roles = {
+        role: role_bytes(
+            recipe,
+            role,
+            networks[role],
+            is_trained=is_trained,
+            is_offloaded=knobs.teacher_offload and role == "teacher",
+        )
+        for role, is_trained in objective.roles.items()
+    }
+    latent_shape = latent_shape_of(recipe, models["generator"])
+    phases = objective.phases(step)
+    planned = _with_costs(phases, models, recipe, latent_shape)
+    partition = Partition(models["generator"].num_tokens(latent_shape), layout.ring, layout.ulysses)
+    batch = recipe.data.micro_batch_size
+    exchanges = {
+        role: exchange_of(model, partition, batch=batch, item_bytes=knobs.compute_bytes)
+        for role, model in models.items()
+    }
+    sample_bytes = FLOAT32 * batch * prod(latent_shape)
+    kept = _kept_bytes(planned, models["generator"], recipe, layout, sample_bytes)
+    distinct = tuple(dict.fromkeys(planned))
+    memory = [
+        phase_memory(phase, roles, networks, knobs, sample_bytes=sample_bytes, kept_bytes=kept) for phase in distinct
+    ]
+    return Plan(
+        recipe=recipe.run.name,
+        step=step,
+        machine=machine,
+        layout=layout,
+        latent_shape=latent_shape,
+        tokens=partition.length,
+        passes=sample_passes(phases, recomputes=knobs.checkpointing != "none"),
+        roles=tuple(roles.values()),
+        planned=distinct,
+        phases=tuple(memory),
+        flops=step_flops(planned, checkpointing=knobs.checkpointing, accumulation=layout.accumulation),
+        flows=tuple(step_flows(planned, networks, exchanges, layout, machine, knobs)),
+        storage=storage_of(recipe, machine, roles, networks, knobs),
+    )
+
+
+def _with_costs(
+    phases: Sequence[Phase], models: Mapping[str, VideoModel], recipe: Recipe, latent_shape: LatentShape
+) -> list[PlannedPhase]:
+    parallel = recipe.parallel
+
+    def shape(batch: int) -> PassShape:
+        samples = batch * recipe.data.micro_batch_size
+        return PassShape(samples, latent_shape, recipe.model.text_tokens, parallel.ring, parallel.ulysses)
+
+    return [
+        PlannedPhase(
+            phase.role,
+            tuple(PlannedPasses(p, models[p.role].pass_costs(shape(p.batch))) for p in phase.passes),
+            reuses_samples=phase.data == "same",
+        )
+        for phase in phases
+    ]
+
+
+def _kept_bytes(
+    planned: Sequence[PlannedPhase], model: VideoModel, recipe: Recipe, layout: Layout, sample_bytes: int
+) -> int:
+    """Samples and texts of all micro-batches of a rank, where a later phase takes those of the first."""
+    if not any(phase.reuses_samples for phase in planned):
+        return 0
+    text = 2 * recipe.data.micro_batch_size * recipe.model.text_tokens * model.text_dim()
+    return layout.accumulation * (sample_bytes + text)

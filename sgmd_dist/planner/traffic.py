@@ -1,0 +1,116 @@
+"""Bytes that a GPU sends in an optimizer step, by kind of collective and axis of the mesh.
+
+FSDP gathers every unit for each forward pass and, where it was given back, for each backward pass; a recomputation
+runs inside the backward pass on the units that are there. Gradients of weights are reduced in float32 after each
+micro-batch. A collective over n ranks counts what a ring algorithm sends: n - 1 shards for all-gather and
+reduce-scatter, 2 (n - 1) / n of its numbers for all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sgmd_dist.models.base import VideoModel
+from sgmd_dist.parallel.sequence import Partition, Traffic, traffic
+from sgmd_dist.planner.machine import Knobs, Machine
+from sgmd_dist.planner.passes import PlannedPasses, PlannedPhase
+from sgmd_dist.planner.weights import FLOAT32, Network
+from sgmd_dist.recipe import Layout
+
+Exchange = tuple[Traffic, Traffic]  # of one block for a micro-batch: forward, backward
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What a GPU sends in a step by one kind of collective over one axis.
+
+    `hidden`: whether it runs beside the computation, as FSDP's do. `crosses_nodes`: whether its ranks lie on several.
+    """
+
+    kind: str
+    axis: str
+    sent_bytes: float
+    seconds: float
+    hidden: bool
+    crosses_nodes: bool
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A kind of collective and its axis. `span`: its ranks lie within so many consecutive ones; 0 for the host."""
+
+    kind: str
+    axis: str
+    span: int
+    hidden: bool
+
+
+def step_flows(
+    phases: Sequence[PlannedPhase],
+    networks: Mapping[str, Network],
+    exchanges: Mapping[str, Exchange],
+    layout: Layout,
+    machine: Machine,
+    knobs: Knobs,
+) -> list[Flow]:
+    """All flows of a step, expected passes of all micro-batches; those that send nothing are left out."""
+    shard, sequence = layout.dp_shard * layout.sequence_size, layout.sequence_size
+    sent: dict[str, float] = {}
+    for phase in phases:
+        for planned in phase.passes:
+            parts = {
+                **_sharding(planned, networks[planned.passes.role], layout, knobs),
+                **_sequence(planned, exchanges[planned.passes.role], sequence, knobs),
+            }
+            for kind, size in parts.items():
+                sent[kind] = sent.get(kind, 0.0) + size * planned.passes.mean * layout.accumulation
+    axes = (
+        _Axis("all-gather", "dp_shard", shard, hidden=True),
+        _Axis("reduce-scatter", "dp_shard", shard, hidden=True),
+        _Axis("all-reduce", "dp_replicate", shard * layout.dp_replicate, hidden=True),
+        _Axis("all-to-all", "ulysses", layout.ulysses, hidden=False),
+        _Axis("ring hops", "ring", sequence, hidden=True),
+        _Axis("output gather", "ring x ulysses", sequence, hidden=False),
+        _Axis("host copy", "teacher_offload", 0, hidden=True),
+    )
+    return [_flow(axis, sent[axis.kind], machine) for axis in axes if sent.get(axis.kind)]
+
+
+def exchange_of(model: VideoModel, partition: Partition, *, batch: int, item_bytes: int) -> Exchange:
+    """What one block of `model` exchanges (forward, backward) for a batch of one pass."""
+    shape = model.attention_shape()
+    return traffic(partition, batch=batch, heads=shape.num_heads, head_size=shape.head_size, item_bytes=item_bytes)
+
+
+def _sharding(planned: PlannedPasses, network: Network, layout: Layout, knobs: Knobs) -> dict[str, float]:
+    """What FSDP sends for one pass."""
+    ranks, replicas = layout.dp_shard * layout.sequence_size, layout.dp_replicate
+    gradient = planned.passes.gradient
+    gathers = 1 + int(gradient != "none" and knobs.reshard_after_forward)
+    parts: dict[str, float] = {"all-gather": gathers * knobs.compute_bytes * (ranks - 1) * network.shard}
+    if knobs.teacher_offload and planned.passes.role == "teacher":
+        parts["host copy"] = gathers * knobs.compute_bytes * network.shard
+    if gradient == "weights":
+        parts["reduce-scatter"] = FLOAT32 * (ranks - 1) * network.shard
+        parts["all-reduce"] = FLOAT32 * 2 * (replicas - 1) / replicas * network.shard
+    return parts
+
+
+def _sequence(planned: PlannedPasses, exchange: Exchange, ranks: int, knobs: Knobs) -> dict[str, float]:
+    """What the ranks of a sequence send for one pass: blocks exchange for each sample, and the output is gathered."""
+    backward = int(planned.passes.gradient != "none")
+    forwards = 1 + backward * int(knobs.checkpointing != "none")
+    samples = planned.costs.num_blocks * planned.passes.batch
+    one, back = exchange
+    gathered = knobs.compute_bytes + backward * FLOAT32
+    return {
+        "all-to-all": samples * (forwards * one.all_to_all_bytes + backward * back.all_to_all_bytes),
+        "ring hops": samples * (forwards * one.hop_bytes + backward * back.hop_bytes),
+        "output gather": (ranks - 1) * planned.costs.output_numbers * gathered,
+    }
+
+
+def _flow(axis: _Axis, sent: float, machine: Machine) -> Flow:
+    bandwidth = machine.bandwidth(axis.span) if axis.span else 1e9 * machine.host_bandwidth
+    return Flow(axis.kind, axis.axis, sent, sent / bandwidth, axis.hidden, axis.span > machine.gpus_per_node)
