@@ -79,7 +79,10 @@ def pass_costs(config: Mapping[str, Any], shape: PassShape, *, per_token: bool, 
     return PassCosts(
         num_blocks=config["num_layers"],
         linear=_times(config["num_layers"], _linear(sizes)),
-        attention=_times(config["num_layers"], _attention(sizes, shape, config["attention_head_dim"])),
+        self_attention=_times(
+            config["num_layers"], _attention(_self_attention(sizes, shape, config["attention_head_dim"]))
+        ),
+        cross_attention=_times(config["num_layers"], _attention(4.0 * sizes.N * sizes.T * sizes.D)),
         rest=_rest(sizes, config["text_dim"], config["freq_dim"], values_per_token),
         activations=_activations(sizes, config, fused_norms=shape.fused_norms),
         output_numbers=sizes.N * values_per_token,
@@ -97,12 +100,14 @@ def _linear(z: _Sizes) -> Flops:
     return Flops(tokens + text, tokens, 2 * (tokens + text))
 
 
-def _attention(z: _Sizes, shape: PassShape, head_size: int) -> Flops:
-    """Self-attention of this rank's heads over all tokens, and attention of its tokens over the text."""
-    queries = z.L if shape.ring == 1 else shape.ulysses * z.c
-    width = -(-z.H // shape.ulysses) * head_size
-    forward = 4.0 * z.B * (queries * z.L * width + z.c * z.T * z.D)
+def _attention(forward: float) -> Flops:
     return Flops(forward, _ATTENTION_BACKWARD * forward, _ATTENTION_BACKWARD * forward)
+
+
+def _self_attention(z: _Sizes, shape: PassShape, head_size: int) -> float:
+    """Forward of this rank's heads, and of its ring chunk's queries, over all tokens."""
+    queries = z.L if shape.ring == 1 else shape.ulysses * z.c
+    return 4.0 * z.B * queries * z.L * -(-z.H // shape.ulysses) * head_size
 
 
 def _rest(z: _Sizes, text_dim: int, freq_dim: int, values_per_token: int) -> Flops:
@@ -125,7 +130,7 @@ def _activations(z: _Sizes, config: Mapping[str, Any], *, fused_norms: bool) -> 
     return ActivationBytes(
         block_input=s * tokens,
         input_saved=0 if is_mixed else s * tokens,
-        attention=2 * (s * tokens + lse),
+        attention=s * tokens + lse,
         block_saved=_saved(z, is_mixed=is_mixed, normed_text=config["cross_attn_norm"], fused_norms=fused_norms),
         block_forward=forward,
         block_backward=backward,

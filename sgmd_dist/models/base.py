@@ -63,7 +63,8 @@ class ActivationBytes:
     Attributes:
         block_input: a block's input: what checkpointing keeps of a block.
         input_saved: what of it autograd keeps without checkpointing.
-        attention: a block's attention outputs with their log-sum-exps: what selective checkpointing keeps besides.
+        attention: the output of a block's self-attention with its log-sum-exp: what selective checkpointing keeps
+            besides.
         block_saved: what autograd keeps of a block, without its input.
         block_forward: the peak inside a block's forward without a graph, without its input.
         block_backward: the peak above `block_saved` while a block is recomputed and run backward.
@@ -89,7 +90,7 @@ class PassCosts:
 
     Attributes:
         num_blocks: blocks that the pass runs.
-        linear, attention: of all blocks together.
+        linear, self_attention, cross_attention: of all blocks together.
         rest: of the layers before and behind them.
         activations: bytes.
         output_numbers: numbers that the rank's last projection makes.
@@ -97,10 +98,15 @@ class PassCosts:
 
     num_blocks: int
     linear: Flops
-    attention: Flops
+    self_attention: Flops
+    cross_attention: Flops
     rest: Flops
     activations: ActivationBytes
     output_numbers: int
+
+    @property
+    def parts(self) -> tuple[Flops, ...]:
+        return self.linear, self.self_attention, self.cross_attention, self.rest
 
 
 class SequenceAxis(Protocol):

@@ -49,20 +49,30 @@ class Machine:
 
 @dataclass(frozen=True)
 class Knobs:
-    """The recipe's choices about memory and speed, as plans read them."""
+    """The recipe's choices about memory and speed, as plans read them.
+
+    `kept_on`: ranks over which a block's parameters lie between a forward pass and its backward: None for all that
+    share them, 1 where each keeps them whole.
+    """
 
     checkpointing: str
     compute_bytes: int
-    reshard_after_forward: bool = True
-    forward_prefetch: int = 0
-    backward_prefetch: int = 1
-    teacher_offload: bool = False
+    kept_on: int | None
+    forward_prefetch: int
+    backward_prefetch: int
+    teacher_offload: bool
     asynchronous_saves: bool = False
 
 
 def knobs_of(recipe: Recipe) -> Knobs:
     """The knobs that the recipe sets."""
+    parallel = recipe.parallel
+    reshard = parallel.reshard_after_forward
     return Knobs(
-        checkpointing=recipe.parallel.activation_checkpointing,
+        checkpointing=parallel.activation_checkpointing,
         compute_bytes=2 if recipe.model.compute_dtype == "bfloat16" else 4,
+        kept_on=None if reshard is True else 1 if reshard is False else reshard,
+        forward_prefetch=parallel.forward_prefetch,
+        backward_prefetch=parallel.backward_prefetch,
+        teacher_offload=parallel.teacher_offload,
     )

@@ -8,6 +8,8 @@ is recomputed. FSDP2 holds, in the compute dtype,
                 `forward_prefetch`)
     backward    the root, a block and `backward_prefetch` more; where weights are trained the block's gradients too, and
                 the float32 buffer in which those of the block before are reduced
+
+and besides, where `reshard_after_forward` leaves blocks gathered, each network's until the phase ends.
 """
 
 from __future__ import annotations
@@ -79,33 +81,27 @@ def _moments(passes: Sequence[PlannedPasses], networks: Mapping[str, Network], k
     """Every moment that may be the fullest: each pass's forward, and each graph's backward."""
     alive, moments = 0, []
     graphs: list[tuple[PlannedPasses, int]] = []
-    kept_gathered = 0
-    for planned in passes:
-        if planned.passes.most == 0:
-            continue
+    kept = dict.fromkeys(networks, 0)  # blocks' parameters that stay gathered
+    for planned in (planned for planned in passes if planned.passes.most):
         role, gradient, activations = planned.passes.role, planned.passes.gradient, planned.costs.activations
-        network = networks[role]
-        gathered = kept_gathered + _gathered(network, knobs, 2 + max(knobs.forward_prefetch, 1))
+        inside = activations.block_forward
         if gradient == "none":
-            shared = activations.shared + activations.modulations
-            inside = shared + activations.block_input + activations.block_forward
-            moments.append(Moment(f"{role} forward", alive + inside, gathered))
-            continue
-        graph = graph_bytes(activations, planned.costs.num_blocks, gradient, knobs.checkpointing)
-        for _ in range(planned.passes.most):
-            alive += graph
-            graphs.append((planned, graph))
-        moments.append(Moment(f"{role} forward", alive + activations.block_forward, gathered))
-        if not knobs.reshard_after_forward:
-            kept_gathered += knobs.compute_bytes * (network.root.gathered + sum(b.gathered for b in network.blocks))
+            inside += activations.shared + activations.modulations + activations.block_input
+        else:
+            graph = graph_bytes(activations, planned.costs.num_blocks, gradient, knobs.checkpointing)
+            alive += graph * planned.passes.most
+            graphs += [(planned, graph)] * planned.passes.most
+        kept[role] = _kept(networks[role], knobs)
+        gathered = sum(kept.values()) + _gathered(networks[role], knobs, 2 + max(knobs.forward_prefetch, 1))
+        moments.append(Moment(f"{role} forward", alive + inside, gathered))
     for planned, graph in reversed(graphs):
-        moments.append(_backward(planned, alive, networks[planned.passes.role], knobs, kept_gathered))
+        moments.append(_backward(planned, alive, networks[planned.passes.role], knobs, sum(kept.values())))
         alive -= graph
     return moments
 
 
-def _backward(planned: PlannedPasses, alive: int, network: Network, knobs: Knobs, kept_gathered: int) -> Moment:
-    """While the last block is recomputed and run backward: what lay behind the blocks is gone."""
+def _backward(planned: PlannedPasses, alive: int, network: Network, knobs: Knobs, kept: int) -> Moment:
+    """While the last block is recomputed and run backward."""
     role, gradient, activations = planned.passes.role, planned.passes.gradient, planned.costs.activations
     which = _which(gradient)
     inside = activations.block_backward[which]
@@ -113,10 +109,11 @@ def _backward(planned: PlannedPasses, alive: int, network: Network, knobs: Knobs
         inside += activations.block_saved[which]
     if knobs.checkpointing == "selective":
         inside -= activations.attention
-    gathered = kept_gathered or _gathered(network, knobs, 1 + knobs.backward_prefetch)
     block = network.largest_block.gathered
     reducing = (knobs.compute_bytes + FLOAT32) * block if gradient == "weights" else 0
-    return Moment(f"{role} backward", alive + inside, gathered, reducing)
+    return Moment(
+        f"{role} backward", alive + inside, kept + _gathered(network, knobs, 1 + knobs.backward_prefetch), reducing
+    )
 
 
 def graph_bytes(activations: ActivationBytes, num_blocks: int, gradient: Gradient, checkpointing: str) -> int:
@@ -134,6 +131,13 @@ def graph_bytes(activations: ActivationBytes, num_blocks: int, gradient: Gradien
 def _gathered(network: Network, knobs: Knobs, num_blocks: int) -> int:
     blocks = min(num_blocks, len(network.blocks) + 1)
     return knobs.compute_bytes * (network.root.gathered + blocks * network.largest_block.gathered)
+
+
+def _kept(network: Network, knobs: Knobs) -> int:
+    """What `reshard_after_forward` leaves of the blocks on a rank after their forward pass."""
+    if knobs.kept_on is None:
+        return 0
+    return knobs.compute_bytes * sum(block.gathered for block in network.blocks) // knobs.kept_on
 
 
 def _which(gradient: Gradient) -> int:

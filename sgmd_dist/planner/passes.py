@@ -63,7 +63,8 @@ def step_flops(phases: Sequence[PlannedPhase], *, checkpointing: str, accumulati
     for planned in _all_passes(phases):
         count, costs, gradient = planned.passes.mean * accumulation, planned.costs, planned.passes.gradient
         linear += count * (costs.linear.forward + costs.linear.backward(gradient))
-        attention += count * (costs.attention.forward + costs.attention.backward(gradient))
+        for part in (costs.self_attention, costs.cross_attention):
+            attention += count * (part.forward + part.backward(gradient))
         rest += count * (costs.rest.forward + costs.rest.backward(gradient))
         if gradient != "none":
             recomputed += count * recomputed_flops(costs, checkpointing)
@@ -71,10 +72,11 @@ def step_flops(phases: Sequence[PlannedPhase], *, checkpointing: str, accumulati
 
 
 def recomputed_flops(costs: PassCosts, checkpointing: str) -> float:
-    """What a backward pass computes again: blocks, without their attention where its outputs are kept."""
+    """What a backward pass computes again: blocks, without their self-attention where it is kept."""
     if checkpointing == "none":
         return 0.0
-    return costs.linear.forward + (costs.attention.forward if checkpointing == "block" else 0.0)
+    rest = costs.linear.forward + costs.cross_attention.forward
+    return rest + (costs.self_attention.forward if checkpointing == "block" else 0.0)
 
 
 def _all_passes(phases: Sequence[PlannedPhase]) -> Iterator[PlannedPasses]:

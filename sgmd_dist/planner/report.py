@@ -80,7 +80,8 @@ def _passes(plan: Plan) -> str:
         for planned in phase.passes:
             passes, costs = planned.passes, planned.costs
             linear = costs.linear.forward + costs.rest.forward
-            backward = sum(part.backward(passes.gradient) for part in (costs.linear, costs.attention, costs.rest))
+            attention = costs.self_attention.forward + costs.cross_attention.forward
+            backward = sum(part.backward(passes.gradient) for part in costs.parts)
             rows.append(
                 [
                     phase.role,
@@ -89,7 +90,7 @@ def _passes(plan: Plan) -> str:
                     f"{passes.mean:g}",
                     f"{passes.most}",
                     f"{linear / _TERA:.1f}",
-                    f"{costs.attention.forward / _TERA:.1f}",
+                    f"{attention / _TERA:.1f}",
                     f"{backward / _TERA:.1f}",
                 ]
             )

@@ -58,15 +58,19 @@ def step_flows(
     shard, sequence = layout.dp_shard * layout.sequence_size, layout.sequence_size
     sent: dict[str, float] = {}
     for phase in phases:
+        met: set[str] = set()
         for planned in phase.passes:
+            role, count = planned.passes.role, planned.passes.mean * layout.accumulation
             parts = {
-                **_sharding(planned, networks[planned.passes.role], layout, knobs),
-                **_sequence(planned, exchanges[planned.passes.role], sequence, knobs),
+                **_sharding(planned, networks[role], layout, knobs, is_first=role not in met),
+                **_sequence(planned, exchanges[role], sequence, knobs),
             }
+            met.add(role)
             for kind, size in parts.items():
-                sent[kind] = sent.get(kind, 0.0) + size * planned.passes.mean * layout.accumulation
+                sent[kind] = sent.get(kind, 0.0) + size * count
     axes = (
         _Axis("all-gather", "dp_shard", shard, hidden=True),
+        _Axis("all-gather again", "reshard_after_forward", knobs.kept_on or 1, hidden=True),
         _Axis("reduce-scatter", "dp_shard", shard, hidden=True),
         _Axis("all-reduce", "dp_replicate", shard * layout.dp_replicate, hidden=True),
         _Axis("all-to-all", "ulysses", layout.ulysses, hidden=False),
@@ -83,14 +87,26 @@ def exchange_of(model: VideoModel, partition: Partition, *, batch: int, item_byt
     return traffic(partition, batch=batch, heads=shape.num_heads, head_size=shape.head_size, item_bytes=item_bytes)
 
 
-def _sharding(planned: PlannedPasses, network: Network, layout: Layout, knobs: Knobs) -> dict[str, float]:
-    """What FSDP sends for one pass."""
+def _sharding(
+    planned: PlannedPasses, network: Network, layout: Layout, knobs: Knobs, *, is_first: bool
+) -> dict[str, float]:
+    """What FSDP sends for one pass.
+
+    Args:
+        is_first: whether the network has not run before in this phase. Where blocks are not given back to all ranks,
+            later passes and the backward gather them from the ranks that keep them.
+    """
     ranks, replicas = layout.dp_shard * layout.sequence_size, layout.dp_replicate
     gradient = planned.passes.gradient
-    gathers = 1 + int(gradient != "none" and knobs.reshard_after_forward)
-    parts: dict[str, float] = {"all-gather": gathers * knobs.compute_bytes * (ranks - 1) * network.shard}
+    gathers = 1 + int(gradient != "none")
+    blocks = network.shard - network.root.shard
+    whole = gathers if knobs.kept_on is None else int(is_first)
+    item = knobs.compute_bytes
+    parts: dict[str, float] = {"all-gather": item * (ranks - 1) * (gathers * network.root.shard + whole * blocks)}
+    if knobs.kept_on is not None:
+        parts["all-gather again"] = item * (gathers - whole) * ranks * blocks * (1 - 1 / knobs.kept_on)
     if knobs.teacher_offload and planned.passes.role == "teacher":
-        parts["host copy"] = gathers * knobs.compute_bytes * network.shard
+        parts["host copy"] = item * (gathers * network.root.shard + whole * blocks)
     if gradient == "weights":
         parts["reduce-scatter"] = FLOAT32 * (ranks - 1) * network.shard
         parts["all-reduce"] = FLOAT32 * 2 * (replicas - 1) / replicas * network.shard
@@ -100,13 +116,14 @@ def _sharding(planned: PlannedPasses, network: Network, layout: Layout, knobs: K
 def _sequence(planned: PlannedPasses, exchange: Exchange, ranks: int, knobs: Knobs) -> dict[str, float]:
     """What the ranks of a sequence send for one pass: blocks exchange for each sample, and the output is gathered."""
     backward = int(planned.passes.gradient != "none")
-    forwards = 1 + backward * int(knobs.checkpointing != "none")
+    exchanges = 1 + backward * int(knobs.checkpointing != "none")
+    rings = 1 + backward * int(knobs.checkpointing == "block")  # selective checkpointing keeps what the ring made
     samples = planned.costs.num_blocks * planned.passes.batch
     one, back = exchange
     gathered = knobs.compute_bytes + backward * FLOAT32
     return {
-        "all-to-all": samples * (forwards * one.all_to_all_bytes + backward * back.all_to_all_bytes),
-        "ring hops": samples * (forwards * one.hop_bytes + backward * back.hop_bytes),
+        "all-to-all": samples * (exchanges * one.all_to_all_bytes + backward * back.all_to_all_bytes),
+        "ring hops": samples * (rings * one.hop_bytes + backward * back.hop_bytes),
         "output gather": (ranks - 1) * planned.costs.output_numbers * gathered,
     }
 
