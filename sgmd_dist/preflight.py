@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-
 from sgmd_dist import resume
 from sgmd_dist.assemble import build_model, build_objective
 from sgmd_dist.data.sources import check_sources, latent_shape_of
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.parallel.sequence import Partition, Traffic, traffic
+from sgmd_dist.planner.machine import GIB, knobs_of
+from sgmd_dist.planner.weights import all_role_bytes, networks_of
 from sgmd_dist.recipe import Layout, Recipe
 from sgmd_kernels.attention import AUTO, unfit_everywhere
 
-GIB = 2**30
 MIB = 2**20
 
 
@@ -37,14 +36,9 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
         f"updates     {', '.join(phase.role for phase in objective.phases(0))} per step",
         *_sequence_lines(recipe, layout, models["generator"]),
     ]
-    shard_ranks = layout.dp_shard * layout.sequence_size
-    for role, model in models.items():
-        trained = objective.roles[role]
-        with torch.device("meta"):
-            num_parameters = sum(p.numel() for p in model.build().parameters())
-        size = _bytes_per_parameter(recipe, role, trained) * num_parameters / shard_ranks
-        state = "trained" if trained else "frozen"
-        lines.append(f"{role:<11} {num_parameters / 1e9:.4f} B parameters, {state}, {size / GIB:.3f} GiB per rank")
+    for planned in all_role_bytes(recipe, objective.roles, networks_of(models, layout), knobs_of(recipe)).values():
+        count, state = planned.num_parameters / 1e9, "trained" if objective.roles[planned.role] else "frozen"
+        lines.append(f"{planned.role:<11} {count:.4f} B parameters, {state}, {planned.total / GIB:.3f} GiB per rank")
     return lines
 
 
@@ -90,9 +84,3 @@ def _sent(sent: Traffic) -> str:
         f"{sent.hops} hop{'s' * (sent.hops > 1)}"
     ] * (sent.hops > 0)
     return f"{sent.sent_bytes / MIB:.3f} MiB ({', '.join(calls)})"
-
-
-def _bytes_per_parameter(recipe: Recipe, role: str, trained: bool) -> int:
-    """Weights; for a trained role also gradient and two moments in float32, for the generator its EMA."""
-    weight = 2 if recipe.model.for_role(role).dtype == "bfloat16" else 4
-    return weight + trained * (4 + 4 + 4) + (trained and role == "generator") * 4

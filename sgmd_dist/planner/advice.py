@@ -11,6 +11,7 @@ from sgmd_dist.planner.plan import Plan, make_plan
 from sgmd_dist.recipe import Recipe
 
 _MAX_NODES = 1024
+_MAX_RING = 16
 _NOTABLE = 0.01  # share of the peak that a change must save to be named
 
 
@@ -142,7 +143,7 @@ def _ulysses(recipe: Recipe, machine: Machine) -> Iterator[tuple[str, ...]]:
 
 def _ring(recipe: Recipe, machine: Machine) -> Iterator[tuple[str, ...]]:
     size = 2 * recipe.parallel.ring
-    while size * recipe.parallel.ulysses <= machine.world_size:
+    while size <= _MAX_RING and size * recipe.parallel.ulysses <= machine.world_size:
         yield (f"parallel.ring={size}",)
         size *= 2
 

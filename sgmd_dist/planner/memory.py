@@ -9,7 +9,8 @@ is recomputed. FSDP2 holds, in the compute dtype,
     backward    the root, a block and `backward_prefetch` more; where weights are trained the block's gradients too, and
                 the float32 buffer in which those of the block before are reduced
 
-and besides, where `reshard_after_forward` leaves blocks gathered, each network's until the phase ends.
+and besides, where several graphs train the same weights, the gradients of all blocks of those that have run backward,
+which are reduced when the last one has added its own; and where `reshard_after_forward` leaves blocks gathered, each network's until the phase ends.
 """
 
 from __future__ import annotations
@@ -94,10 +95,19 @@ def _moments(passes: Sequence[PlannedPasses], networks: Mapping[str, Network], k
         kept[role] = _kept(networks[role], knobs)
         gathered = sum(kept.values()) + _gathered(networks[role], knobs, 2 + max(knobs.forward_prefetch, 1))
         moments.append(Moment(f"{role} forward", alive + inside, gathered))
+    ended: set[str] = set()
     for planned, graph in reversed(graphs):
-        moments.append(_backward(planned, alive, networks[planned.passes.role], knobs, sum(kept.values())))
+        role, network = planned.passes.role, networks[planned.passes.role]
+        moments.append(_backward(planned, alive, network, knobs, sum(kept.values())))
         alive -= graph
+        if planned.passes.gradient == "weights" and role not in ended and _num_trained(graphs, role) > 1:
+            alive += knobs.compute_bytes * sum(block.gathered for block in network.blocks)
+        ended.add(role)
     return moments
+
+
+def _num_trained(graphs: Sequence[tuple[PlannedPasses, int]], role: str) -> int:
+    return sum(planned.passes.role == role and planned.passes.gradient == "weights" for planned, _ in graphs)
 
 
 def _backward(planned: PlannedPasses, alive: int, network: Network, knobs: Knobs, kept: int) -> Moment:

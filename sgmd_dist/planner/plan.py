@@ -16,7 +16,7 @@ from sgmd_dist.planner.memory import PhaseMemory, phase_memory
 from sgmd_dist.planner.passes import PlannedPasses, PlannedPhase, StepFlops, sample_passes, step_flops
 from sgmd_dist.planner.storage import Storage, storage_of
 from sgmd_dist.planner.traffic import Flow, exchange_of, step_flows
-from sgmd_dist.planner.weights import FLOAT32, RoleBytes, network_of, role_bytes
+from sgmd_dist.planner.weights import FLOAT32, RoleBytes, all_role_bytes, networks_of
 from sgmd_dist.recipe import Layout, Recipe
 
 
@@ -84,17 +84,8 @@ def make_plan(recipe: Recipe, machine: Machine, step: int = 0) -> Plan:
     layout, knobs = recipe.layout(machine.world_size), knobs_of(recipe)
     objective = build_objective(recipe)
     models = {role: build_architecture(recipe, role) for role in objective.roles}
-    networks = {role: network_of(model, layout.dp_shard * layout.sequence_size) for role, model in models.items()}
-    roles = {
-        role: role_bytes(
-            recipe,
-            role,
-            networks[role],
-            is_trained=is_trained,
-            is_offloaded=knobs.teacher_offload and role == "teacher",
-        )
-        for role, is_trained in objective.roles.items()
-    }
+    networks = networks_of(models, layout)
+    roles = all_role_bytes(recipe, objective.roles, networks, knobs)
     latent_shape = latent_shape_of(recipe, models["generator"])
     phases = objective.phases(step)
     planned = _with_costs(phases, models, recipe, latent_shape)

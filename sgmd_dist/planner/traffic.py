@@ -58,16 +58,13 @@ def step_flows(
     shard, sequence = layout.dp_shard * layout.sequence_size, layout.sequence_size
     sent: dict[str, float] = {}
     for phase in phases:
-        met: set[str] = set()
-        for planned in phase.passes:
-            role, count = planned.passes.role, planned.passes.mean * layout.accumulation
-            parts = {
-                **_sharding(planned, networks[role], layout, knobs, is_first=role not in met),
-                **_sequence(planned, exchanges[role], sequence, knobs),
-            }
-            met.add(role)
-            for kind, size in parts.items():
-                sent[kind] = sent.get(kind, 0.0) + size * count
+        parts = [
+            _sharding([p for p in phase.passes if p.passes.role == role], networks[role], layout, knobs)
+            for role in dict.fromkeys(planned.passes.role for planned in phase.passes)
+        ]
+        parts += [_sequence(planned, exchanges[planned.passes.role], sequence, knobs) for planned in phase.passes]
+        for kind, size in (item for part in parts for item in part.items()):
+            sent[kind] = sent.get(kind, 0.0) + size * layout.accumulation
     axes = (
         _Axis("all-gather", "dp_shard", shard, hidden=True),
         _Axis("all-gather again", "reshard_after_forward", knobs.kept_on or 1, hidden=True),
@@ -87,44 +84,43 @@ def exchange_of(model: VideoModel, partition: Partition, *, batch: int, item_byt
     return traffic(partition, batch=batch, heads=shape.num_heads, head_size=shape.head_size, item_bytes=item_bytes)
 
 
-def _sharding(
-    planned: PlannedPasses, network: Network, layout: Layout, knobs: Knobs, *, is_first: bool
-) -> dict[str, float]:
-    """What FSDP sends for one pass.
+def _sharding(passes: Sequence[PlannedPasses], network: Network, layout: Layout, knobs: Knobs) -> dict[str, float]:
+    """What FSDP sends for one network's passes of a micro-batch in one phase.
 
-    Args:
-        is_first: whether the network has not run before in this phase. Where blocks are not given back to all ranks,
-            later passes and the backward gather them from the ranks that keep them.
+    Several graphs share a backward pass: the root is gathered for it once, and a weight's gradient is whole, and
+    reduced, when the last graph has added to it. Blocks that are not given back to all ranks are gathered from all
+    once, and from then on from the ranks that keep them.
     """
     ranks, replicas = layout.dp_shard * layout.sequence_size, layout.dp_replicate
-    gradient = planned.passes.gradient
-    gathers = 1 + int(gradient != "none")
+    forwards = sum(p.passes.mean for p in passes)
+    graphs = sum(p.passes.mean for p in passes if p.passes.gradient != "none")
+    reductions = min(1.0, sum(p.passes.mean for p in passes if p.passes.gradient == "weights"))
+    gathers = forwards + graphs
+    whole = gathers if knobs.kept_on is None else min(gathers, 1.0)
     blocks = network.shard - network.root.shard
-    whole = gathers if knobs.kept_on is None else int(is_first)
-    item = knobs.compute_bytes
-    parts: dict[str, float] = {"all-gather": item * (ranks - 1) * (gathers * network.root.shard + whole * blocks)}
-    if knobs.kept_on is not None:
-        parts["all-gather again"] = item * (gathers - whole) * ranks * blocks * (1 - 1 / knobs.kept_on)
-    if knobs.teacher_offload and planned.passes.role == "teacher":
-        parts["host copy"] = item * (gathers * network.root.shard + whole * blocks)
-    if gradient == "weights":
-        parts["reduce-scatter"] = FLOAT32 * (ranks - 1) * network.shard
-        parts["all-reduce"] = FLOAT32 * 2 * (replicas - 1) / replicas * network.shard
-    return parts
+    own = knobs.compute_bytes * ((forwards + min(1.0, graphs)) * network.root.shard + whole * blocks)
+    kept_on = knobs.kept_on or 1
+    return {
+        "all-gather": own * (ranks - 1),
+        "all-gather again": knobs.compute_bytes * (gathers - whole) * ranks * blocks * (1 - 1 / kept_on),
+        "host copy": own if knobs.teacher_offload and passes[0].passes.role == "teacher" else 0.0,
+        "reduce-scatter": FLOAT32 * reductions * (ranks - 1) * network.shard,
+        "all-reduce": FLOAT32 * reductions * 2 * (replicas - 1) / replicas * network.shard,
+    }
 
 
 def _sequence(planned: PlannedPasses, exchange: Exchange, ranks: int, knobs: Knobs) -> dict[str, float]:
     """What the ranks of a sequence send for one pass: blocks exchange for each sample, and the output is gathered."""
-    backward = int(planned.passes.gradient != "none")
+    count, backward = planned.passes.mean, int(planned.passes.gradient != "none")
     exchanges = 1 + backward * int(knobs.checkpointing != "none")
     rings = 1 + backward * int(knobs.checkpointing == "block")  # selective checkpointing keeps what the ring made
-    samples = planned.costs.num_blocks * planned.passes.batch
+    blocks = count * planned.costs.num_blocks * planned.passes.batch
     one, back = exchange
-    gathered = knobs.compute_bytes + backward * FLOAT32
+    gathered = count * planned.costs.output_numbers * (knobs.compute_bytes + backward * FLOAT32)
     return {
-        "all-to-all": samples * (exchanges * one.all_to_all_bytes + backward * back.all_to_all_bytes),
-        "ring hops": samples * (rings * one.hop_bytes + backward * back.hop_bytes),
-        "output gather": (ranks - 1) * planned.costs.output_numbers * gathered,
+        "all-to-all": blocks * (exchanges * one.all_to_all_bytes + backward * back.all_to_all_bytes),
+        "ring hops": blocks * (rings * one.hop_bytes + backward * back.hop_bytes),
+        "output gather": (ranks - 1) * gathered,
     }
 
 

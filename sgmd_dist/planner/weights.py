@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from sgmd_dist.models.base import VideoModel
-from sgmd_dist.recipe import Recipe
+from sgmd_dist.planner.machine import Knobs
+from sgmd_dist.recipe import Layout, Recipe
 
 FLOAT32 = 4
 
@@ -52,7 +53,7 @@ class Network:
         return max(self.blocks, key=lambda block: block.shard)
 
 
-def network_of(model: VideoModel, ranks: int) -> Network:
+def _network(model: VideoModel, ranks: int) -> Network:
     """The network's units on `ranks` ranks. Built on the meta device: nothing is allocated."""
     with torch.device("meta"):
         module = model.build()
@@ -102,7 +103,33 @@ class RoleBytes:
         return self.resident + self.gradients
 
 
-def role_bytes(recipe: Recipe, role: str, network: Network, *, is_trained: bool, is_offloaded: bool) -> RoleBytes:
+def networks_of(models: Mapping[str, VideoModel], layout: Layout) -> dict[str, Network]:
+    """The roles' networks on the layout's ranks: replicas hold the same, ranks of a sequence share."""
+    ranks = layout.dp_shard * layout.sequence_size
+    known: dict[str, Network] = {}  # roles mostly share one architecture, and building it takes time
+    for model in models.values():
+        if repr(model.config) not in known:
+            known[repr(model.config)] = _network(model, ranks)
+    return {role: known[repr(model.config)] for role, model in models.items()}
+
+
+def all_role_bytes(
+    recipe: Recipe, trained: Mapping[str, bool], networks: Mapping[str, Network], knobs: Knobs
+) -> dict[str, RoleBytes]:
+    """Bytes of every role in `trained`, which says whether it is."""
+    return {
+        role: _role_bytes(
+            recipe,
+            role,
+            networks[role],
+            is_trained=is_trained,
+            is_offloaded=knobs.teacher_offload and not is_trained,
+        )
+        for role, is_trained in trained.items()
+    }
+
+
+def _role_bytes(recipe: Recipe, role: str, network: Network, *, is_trained: bool, is_offloaded: bool) -> RoleBytes:
     """Bytes of `role`: weights in its dtype; for a trained role gradients and two moments in float32 with a step for
     each tensor, and the generator's average."""
     item = 2 if recipe.model.for_role(role).dtype == "bfloat16" else FLOAT32

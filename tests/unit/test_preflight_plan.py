@@ -11,6 +11,7 @@ import torch
 from sgmd_dist import checkpoint, preflight
 from sgmd_dist.assemble import build_model
 from sgmd_dist.errors import UserError
+from sgmd_dist.planner.machine import GIB
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.roles import Roles
 
@@ -63,7 +64,7 @@ def test_every_update_of_the_fake_score_is_in_the_plan(tiny_recipe: MakeRecipe) 
 def test_memory_counts_weights_gradients_moments_and_the_average(tiny_recipe: MakeRecipe) -> None:
     """4 bytes of float32 weights or 2 of bfloat16; 12 more to train; 4 more for the generator's average."""
     recipe = tiny_recipe("model.config.ffn_dim=200000", "model.teacher.dtype=bfloat16")
-    gib = num_parameters(recipe) / preflight.GIB
+    gib = num_parameters(recipe) / GIB
     found = plan(recipe, world_size=4)
     billions = f"{num_parameters(recipe) / 1e9:.4f} B parameters"
     assert found["teacher"] == f"{billions}, frozen, {2 * gib / 4:.3f} GiB per rank"
