@@ -23,6 +23,7 @@ class Machine:
         intra_bandwidth, inter_bandwidth: GB/s that a GPU sends to others in its node and across nodes, as collectives
             reach them.
         host_bandwidth: GB/s between a GPU and its host.
+        fused_norms: whether torch has RMSNorm as one kernel, as on CUDA; not on a CPU.
     """
 
     nodes: int
@@ -33,6 +34,7 @@ class Machine:
     intra_bandwidth: float = 300.0
     inter_bandwidth: float = 40.0
     host_bandwidth: float = 40.0
+    fused_norms: bool = True
 
     @property
     def world_size(self) -> int:

@@ -9,8 +9,9 @@ is recomputed. FSDP2 holds, in the compute dtype,
     backward    the root, a block and `backward_prefetch` more; where weights are trained the block's gradients too, and
                 the float32 buffer in which those of the block before are reduced
 
-and besides, where several graphs train the same weights, the gradients of all blocks of those that have run backward,
-which are reduced when the last one has added its own; and where `reshard_after_forward` leaves blocks gathered, each network's until the phase ends.
+and besides, where several graphs train the same weights, the gradients of all blocks of those that have run backward:
+they are reduced when the last one has added its own. Where `reshard_after_forward` leaves blocks gathered, each
+network's are held until the phase ends.
 """
 
 from __future__ import annotations

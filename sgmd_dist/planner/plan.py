@@ -88,7 +88,7 @@ def make_plan(recipe: Recipe, machine: Machine, step: int = 0) -> Plan:
     roles = all_role_bytes(recipe, objective.roles, networks, knobs)
     latent_shape = latent_shape_of(recipe, models["generator"])
     phases = objective.phases(step)
-    planned = _with_costs(phases, models, recipe, latent_shape)
+    planned = _with_costs(phases, models, recipe, latent_shape, fused_norms=machine.fused_norms)
     partition = Partition(models["generator"].num_tokens(latent_shape), layout.ring, layout.ulysses)
     batch = recipe.data.micro_batch_size
     exchanges = {
@@ -119,13 +119,19 @@ def make_plan(recipe: Recipe, machine: Machine, step: int = 0) -> Plan:
 
 
 def _with_costs(
-    phases: Sequence[Phase], models: Mapping[str, VideoModel], recipe: Recipe, latent_shape: LatentShape
+    phases: Sequence[Phase],
+    models: Mapping[str, VideoModel],
+    recipe: Recipe,
+    latent_shape: LatentShape,
+    *,
+    fused_norms: bool,
 ) -> list[PlannedPhase]:
     parallel = recipe.parallel
 
     def shape(batch: int) -> PassShape:
         samples = batch * recipe.data.micro_batch_size
-        return PassShape(samples, latent_shape, recipe.model.text_tokens, parallel.ring, parallel.ulysses)
+        text_tokens = recipe.model.text_tokens
+        return PassShape(samples, latent_shape, text_tokens, parallel.ring, parallel.ulysses, fused_norms)
 
     return [
         PlannedPhase(

@@ -104,7 +104,8 @@ def _passes(plan: Plan) -> str:
             "",
             _grid([*columns, *flops], rows),
             "",
-            f"passes of a step per sample, recomputations and backwards included: {per_sample}; {total:g} F in all",
+            f"passes of a step per sample, recomputations and backwards included: {total:g} F in all",
+            f"({per_sample})",
         ]
     )
 
