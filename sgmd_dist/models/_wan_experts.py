@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sgmd_dist import flow, rng
-from sgmd_dist.models.base import AttentionShape, LatentShape, SequenceAxis, VideoModel
+from sgmd_dist.models.base import AttentionShape, LatentShape, PassCosts, PassShape, SequenceAxis, VideoModel
 
 FOLDERS = {"high": "transformer", "low": "transformer_2"}  # expert -> its folder in a pipeline's
 INDEX = "model_index.json"
@@ -74,6 +74,9 @@ class WanExperts:
 
     def num_tokens(self, latent_shape: LatentShape) -> int:
         return self.expert.num_tokens(latent_shape)
+
+    def pass_costs(self, shape: PassShape) -> PassCosts:
+        return self.expert.pass_costs(shape)
 
     def reset_buffers(self, module: nn.Module, device: torch.device) -> None:
         for network in self.networks(module):

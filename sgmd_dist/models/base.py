@@ -183,7 +183,7 @@ class VideoModel(Protocol):
         ...
 
     def pass_costs(self, shape: PassShape) -> PassCosts:
-        """FLOPs and activation bytes of one pass, by formulas."""
+        """FLOPs and activation bytes of one pass, which runs one of the model's networks, by formulas."""
         ...
 
     def reset_buffers(self, module: nn.Module, device: torch.device) -> None:

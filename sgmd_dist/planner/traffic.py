@@ -97,15 +97,15 @@ def _sharding(passes: Sequence[PlannedPasses], network: Network, layout: Layout,
     reductions = min(1.0, sum(p.passes.mean for p in passes if p.passes.gradient == "weights"))
     gathers = forwards + graphs
     whole = gathers if knobs.kept_on is None else min(gathers, 1.0)
-    blocks = network.shard - network.root.shard
+    blocks = network.expert_shard - network.root.shard
     own = knobs.compute_bytes * ((forwards + min(1.0, graphs)) * network.root.shard + whole * blocks)
     kept_on = knobs.kept_on or 1
     return {
         "all-gather": own * (ranks - 1),
         "all-gather again": knobs.compute_bytes * (gathers - whole) * ranks * blocks * (1 - 1 / kept_on),
         "host copy": own if knobs.teacher_offload and passes[0].passes.role == "teacher" else 0.0,
-        "reduce-scatter": FLOAT32 * reductions * (ranks - 1) * network.shard,
-        "all-reduce": FLOAT32 * reductions * 2 * (replicas - 1) / replicas * network.shard,
+        "reduce-scatter": FLOAT32 * reductions * (ranks - 1) * network.expert_shard,
+        "all-reduce": FLOAT32 * reductions * 2 * (replicas - 1) / replicas * network.expert_shard,
     }
 
 

@@ -34,18 +34,27 @@ class Unit:
 
 @dataclass(frozen=True)
 class Network:
-    """A network's size on its ranks; `largest_shard`: numbers of the largest parameter's shard."""
+    """A role's size on its ranks: `num_experts` networks of one architecture, of which a pass runs one.
+
+    `root` and `blocks` are one expert's; `largest_shard`: numbers of the largest parameter's shard.
+    """
 
     num_parameters: int
     num_tensors: int
     buffer_bytes: int
     largest_shard: int
+    num_experts: int
     root: Unit
     blocks: tuple[Unit, ...]
 
     @property
     def shard(self) -> int:
-        """Numbers on a rank."""
+        """Numbers on a rank, of all experts."""
+        return self.num_experts * self.expert_shard
+
+    @property
+    def expert_shard(self) -> int:
+        """Numbers on a rank, of what a pass runs."""
         return self.root.shard + sum(block.shard for block in self.blocks)
 
     @property
@@ -57,7 +66,8 @@ def _network(model: VideoModel, ranks: int) -> Network:
     """The network's units on `ranks` ranks. Built on the meta device: nothing is allocated."""
     with torch.device("meta"):
         module = model.build()
-    in_blocks = [list(block.parameters()) for block in model.blocks(module)]
+    experts = model.networks(module)
+    in_blocks = [list(block.parameters()) for block in model.blocks(experts[0])]
     taken = {id(p) for block in in_blocks for p in block}
     parameters = list(module.parameters())
     return Network(
@@ -65,7 +75,8 @@ def _network(model: VideoModel, ranks: int) -> Network:
         num_tensors=len(parameters),
         buffer_bytes=sum(b.numel() * b.element_size() for b in module.buffers()),
         largest_shard=max(shard_numbers(p.shape, ranks) for p in parameters),
-        root=_unit((p for p in parameters if id(p) not in taken), ranks),
+        num_experts=len(experts),
+        root=_unit((p for p in experts[0].parameters() if id(p) not in taken), ranks),
         blocks=tuple(_unit(block, ranks) for block in in_blocks),
     )
 
@@ -106,11 +117,15 @@ class RoleBytes:
 def networks_of(models: Mapping[str, VideoModel], layout: Layout) -> dict[str, Network]:
     """The roles' networks on the layout's ranks: replicas hold the same, ranks of a sequence share."""
     ranks = layout.dp_shard * layout.sequence_size
-    known: dict[str, Network] = {}  # roles mostly share one architecture, and building it takes time
+    known: dict[tuple[type, str], Network] = {}  # roles mostly share one architecture, and building it takes time
     for model in models.values():
-        if repr(model.config) not in known:
-            known[repr(model.config)] = _network(model, ranks)
-    return {role: known[repr(model.config)] for role, model in models.items()}
+        if _kind(model) not in known:
+            known[_kind(model)] = _network(model, ranks)
+    return {role: known[_kind(model)] for role, model in models.items()}
+
+
+def _kind(model: VideoModel) -> tuple[type, str]:
+    return type(model), repr(model.config)
 
 
 def all_role_bytes(
