@@ -1,6 +1,7 @@
-"""Export a trained generator as a diffusers transformer folder: launch/export.py RUN_OR_CHECKPOINT OUT [--ema]
+"""Export a trained generator for diffusers: launch/export.py RUN_OR_CHECKPOINT OUT [--ema] [--merge]
 
-A pair of experts becomes two such folders, OUT/transformer and OUT/transformer_2.
+Writes a transformer's folder, of a pair of experts two, OUT/transformer and OUT/transformer_2; of a LoRA run
+pytorch_lora_weights.safetensors.
 """
 
 from __future__ import annotations
@@ -9,26 +10,36 @@ import argparse
 import sys
 from pathlib import Path
 
-from sgmd_dist.errors import reports_user_errors
+from sgmd_dist.errors import UserError, reports_user_errors
 
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--ema", action="store_true", help="export the moving average of the weights")
+    parser.add_argument("--merge", action="store_true", help="of a LoRA run: add the adapter to its base's weights")
     args = parser.parse_args()
 
     from sgmd_dist import checkpoint
-    from sgmd_dist.assemble import load_weights, model_of_checkpoint
-    from sgmd_dist.export import export_diffusers
+    from sgmd_dist.assemble import load_weights, lora_of, merge_adapter, model_of_checkpoint
+    from sgmd_dist.export import export_adapter, export_diffusers
 
     path = checkpoint.find(args.checkpoint)
-    _, model = model_of_checkpoint(path)
-    weights = load_weights(path, "generator.ema" if args.ema else "generator", model)
-    count = export_diffusers(weights, model, args.out)
-    print(f"{args.out}: {count} tensors of {path}, verified by reloading")
+    recipe, model = model_of_checkpoint(path)
+    lora = lora_of(recipe, "generator", model)
+    if args.merge and lora is None:
+        raise UserError(f"--merge: {path} holds a whole network, no adapter (model.generator.lora); leave out --merge")
+    weights = load_weights(path, "generator.ema" if args.ema else "generator", model, lora)
+    if lora is None:
+        count, what = export_diffusers(weights, model, args.out), "tensors"
+    elif args.merge:
+        merged = merge_adapter(model, weights, lora, recipe.run.seed)
+        count, what = export_diffusers(merged, model, args.out), "tensors, the adapter added,"
+    else:
+        count, what = export_adapter(weights, lora, model, args.out), f"tensors of an adapter of rank {lora.rank}"
+    print(f"{args.out}: {count} {what} of {path}, verified by reloading")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +12,13 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from sgmd_dist import checkpoint, registry
+from sgmd_dist import adapters, checkpoint, registry
+from sgmd_dist.adapters import Lora, lora_from
+from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.objectives.base import Objective
 from sgmd_dist.parallel.apply import parallelize, share_streams
-from sgmd_dist.parallel.load import fill, load_safetensors
+from sgmd_dist.parallel.load import Loaded, fill, load_safetensors
 from sgmd_dist.parallel.mesh import Mesh
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import load_recipe
@@ -24,6 +27,7 @@ from sgmd_dist.rollout import Network
 Which = Literal["generator", "generator.ema", "fake_score"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_ONLY = "only"  # an adapter's name in a network that has no other
 
 
 def build_objective(recipe: Recipe) -> Objective:
@@ -56,31 +60,106 @@ def _pretrained(recipe: Recipe, role: str) -> tuple[str | None, str]:
     return recipe.model.for_role(role).pretrained, key
 
 
+def lora_of(recipe: Recipe, role: str, model: VideoModel) -> Lora | None:
+    """The adapter of `role`; None where the role has a network of its own.
+
+    Raises:
+        UserError: it names layers that the model does not have.
+    """
+    section = recipe.model.lora_of(role)
+    return None if section is None else lora_from(section, model.lora_targets(), f"model.{role}.lora")
+
+
+@dataclass
+class NetworkPlan:
+    """A network before it is built, and the roles that run it, each with its adapter or None."""
+
+    model: VideoModel
+    dtype: str
+    is_frozen: bool
+    roles: dict[str, Lora | None] = field(default_factory=dict)
+
+    @property
+    def loras(self) -> dict[str, Lora]:
+        """The adapters by their roles."""
+        return {role: lora for role, lora in self.roles.items() if lora is not None}
+
+    def may_serve(self, other: NetworkPlan) -> bool:
+        """True where one copy of the weights is enough for both."""
+        weights, others = ((n.model.weight_files(), n.model.config, n.model.boundaries, n.dtype) for n in (self, other))
+        return self.is_frozen and other.is_frozen and weights == others
+
+
+def plan_networks(
+    recipe: Recipe, names: Mapping[str, bool], model_of: Callable[[Recipe, str], VideoModel] = build_model
+) -> list[NetworkPlan]:
+    """Which roles share which network: frozen roles and roles with an adapter do where their weights are the same.
+
+    Args:
+        names: the roles, and whether each is trained.
+        model_of: `build_model`, or `build_architecture`.
+
+    Raises:
+        UserError: a pretrained folder or an adapter does not fit, or the offloaded teacher is an adapter's base.
+    """
+    plans: list[NetworkPlan] = []
+    for name, is_trained in names.items():
+        model = model_of(recipe, name)
+        lora = lora_of(recipe, name, model)
+        dtype = recipe.model.for_role(name if lora is None else "teacher").dtype or "float32"
+        wanted = NetworkPlan(model, dtype, is_frozen=not is_trained or lora is not None)
+        plan = next((known for known in plans if known.may_serve(wanted)), wanted)
+        if plan is wanted:
+            plans.append(plan)
+        plan.roles[name] = lora
+    for plan in plans:
+        if is_offloaded(recipe, plan) and plan.loras:
+            keys = " and ".join(f"model.{name}.lora" for name in plan.loras)
+            raise UserError(
+                f"parallel.teacher_offload = true: the teacher's network is the base of {keys} too, which trains on the"
+                " device; set it to false"
+            )
+    return plans
+
+
 def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dict[str, tuple[nn.Module, VideoModel]]:
-    """The roles' networks: meta device -> parallelize -> sharded load. No rank ever holds a whole network."""
-    networks: dict[str, tuple[nn.Module, VideoModel]] = {}
-    for name in names:
-        model = build_model(recipe, name)
-        module = build_meta_network(recipe, mesh, name, model)
-        materialize(module, model, mesh.device, offload=is_offloaded(recipe, name))
-        _fill_with_weights(name, module, model, recipe.run.seed)
-        networks[name] = (module, model)
-    share_streams(network for module, model in networks.values() for network in model.networks(module))
-    return networks
+    """The roles' networks: meta device -> parallelize -> sharded load. No rank ever holds a whole network.
+
+    Args:
+        names: the roles, and whether each is trained; some may get the same module, see `plan_networks`.
+    """
+    plans, modules = plan_networks(recipe, names), []
+    for plan in plans:
+        module = build_meta_network(recipe, mesh, plan)
+        materialize(module, plan.model, mesh.device, offload=is_offloaded(recipe, plan))
+        _fill_as_planned(module, plan, recipe.run.seed)
+        modules.append(module)
+    return networks_by_role(modules, plans, names)
 
 
-def build_meta_network(recipe: Recipe, mesh: Mesh, name: str, model: VideoModel) -> nn.Module:
-    """The network of role `name`, parallelized and still on the meta device."""
-    dtype = _DTYPES[recipe.model.for_role(name).dtype or "float32"]
+def networks_by_role(
+    modules: Sequence[nn.Module], plans: Sequence[NetworkPlan], names: Iterable[str]
+) -> dict[str, tuple[nn.Module, VideoModel]]:
+    """Each role's network, on streams that all networks share."""
+    planned = list(zip(modules, plans, strict=True))
+    share_streams(network for module, plan in planned for network in plan.model.networks(module))
+    found = {role: (module, plan.model) for module, plan in planned for role in plan.roles}
+    return {name: found[name] for name in names}
+
+
+def build_meta_network(recipe: Recipe, mesh: Mesh, plan: NetworkPlan) -> nn.Module:
+    """A network with its adapters, parallelized and still on the meta device."""
     with torch.device("meta"):
-        module = nn.Module.to(model.build(), dtype)  # diffusers' own `to` warns of what loading decides anyway
+        module = nn.Module.to(plan.model.build(), _DTYPES[plan.dtype])  # diffusers' `to` warns of what loading decides
+    for name, lora in plan.loras.items():
+        adapters.inject(module, name, lora)
     return parallelize(
         module,
-        model,
+        plan.model,
         recipe.parallel,
         mesh=mesh,
         compute_dtype=_DTYPES[recipe.model.compute_dtype],
-        offload=is_offloaded(recipe, name),
+        offload=is_offloaded(recipe, plan),
     )
 
 
@@ -91,22 +170,35 @@ def materialize(module: nn.Module, model: VideoModel, device: torch.device, *, o
     model.reset_buffers(module, device)
 
 
-def is_offloaded(recipe: Recipe, role: str) -> bool:
-    """Whether the role's shards stay on the host."""
-    return recipe.parallel.teacher_offload and role == "teacher"
+def is_offloaded(recipe: Recipe, plan: NetworkPlan) -> bool:
+    """Whether the network's shards stay on the host."""
+    return recipe.parallel.teacher_offload and "teacher" in plan.roles
 
 
-def _fill_with_weights(name: str, module: nn.Module, model: VideoModel, seed: int) -> None:
-    files = model.weight_files()
-    if not files:
-        count = fill(module, lambda key, shape: model.initial_value(key, shape, seed))
-        logger.info("{}: {} tensors of random weights", name, count)
+def _fill_as_planned(module: nn.Module, plan: NetworkPlan, seed: int) -> None:
+    base = adapters.base_parameters(module)
+    _log_weights(", ".join(plan.roles), _fill_with_weights(base, plan.model, seed), len(base), plan.model)
+    for name, lora in plan.loras.items():
+        count = fill(adapters.adapter_parameters(module, name), partial(adapters.initial_value, name, seed=seed))
+        logger.info("{}: {} tensors of a new adapter, rank {}, scale {:g}", name, count, lora.rank, lora.scale)
+
+
+def _fill_with_weights(parameters: Mapping[str, Tensor], model: VideoModel, seed: int) -> Loaded | None:
+    """Set a network's parameters from the model's files, or from `seed` where it has none: None then."""
+    if files := model.weight_files():
+        return load_safetensors(parameters, files)
+    fill(parameters, partial(model.initial_value, seed=seed))
+    return None
+
+
+def _log_weights(roles: str, found: Loaded | None, num_tensors: int, model: VideoModel) -> None:
+    if found is None:
+        logger.info("{}: {} tensors of random weights", roles, num_tensors)
         return
-    found = load_safetensors(dict(module.named_parameters()), files)
-    folders = ", ".join(dict.fromkeys(str(path.parent) for paths in files.values() for path in paths))
+    folders = ", ".join(dict.fromkeys(str(path.parent) for paths in model.weight_files().values() for path in paths))
     logger.info(
         "{}: {} tensors from {}, {:.3f} GB, checksum {:016x}",
-        name,
+        roles,
         found.num_tensors,
         folders,
         found.num_bytes / 1e9,
@@ -124,34 +216,64 @@ def model_of_checkpoint(path: Path, role: str = "generator") -> tuple[Recipe, Vi
     return recipe, build_model(recipe, role)
 
 
-def load_weights(path: Path, which: Which, model: VideoModel) -> dict[str, Tensor]:
+def load_weights(path: Path, which: Which, model: VideoModel, lora: Lora | None = None) -> dict[str, Tensor]:
     """Full float32 tensors of one network of a checkpoint, on the CPU, without a process group.
+
+    Args:
+        lora: the role's adapter, whose tensors alone are in the checkpoint then, and in the result.
 
     Raises:
         UserError: the checkpoint is missing, damaged or of another network.
     """
     with torch.device("meta"):
+        module = model.build()
+    if lora is not None:
+        adapters.inject(module, _ONLY, lora)
+    parameters = module.named_parameters() if lora is None else adapters.adapter_parameters(module, _ONLY).items()
+    return checkpoint.load_tree(path, which, {name: p.shape for name, p in parameters})
+
+
+def merge_adapter(model: VideoModel, weights: Mapping[str, Tensor], lora: Lora, seed: int) -> dict[str, Tensor]:
+    """Full float32 tensors of the model's base with the adapter `weights` added, on the CPU.
+
+    Args:
+        seed: of the base's random weights, where the model has no files.
+
+    Raises:
+        UserError: the files do not fit the network.
+    """
+    with torch.device("meta"):
         shapes = {name: p.shape for name, p in model.build().named_parameters()}
-    return checkpoint.load_tree(path, which, shapes)
+    base = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
+    _fill_with_weights(base, model, seed)
+    return adapters.merged(base, weights, lora.scale)
 
 
 def load_network(
-    model: VideoModel, weights: Mapping[str, Tensor] | None, device: torch.device, seed: int = 0
+    model: VideoModel,
+    weights: Mapping[str, Tensor] | None,
+    device: torch.device,
+    seed: int = 0,
+    lora: Lora | None = None,
 ) -> Network:
     """An unsharded, frozen network ready to be called.
 
     Args:
         weights: full tensors by name; None takes the model's pretrained files, or without any random weights of `seed`.
+        lora: says that `weights` are an adapter's, which then hangs on those files' weights.
     """
     with torch.device("meta"):
         module = nn.Module.to(model.build(), model.compute_dtype)
+    if lora is not None:
+        adapters.inject(module, _ONLY, lora, model.compute_dtype)
     module.to_empty(device=device)
     model.reset_buffers(module, device)
-    if weights is not None:
+    if weights is None or lora is not None:
+        _fill_with_weights(adapters.base_parameters(module), model, seed)
+    if weights is not None and lora is not None:
+        fill(adapters.adapter_parameters(module, _ONLY), lambda name, _: weights[name])
+        adapters.Switch(module).activate(_ONLY)
+    elif weights is not None:
         module.load_state_dict(weights)
-    elif files := model.weight_files():
-        load_safetensors(dict(module.named_parameters()), files)
-    else:
-        fill(module, lambda name, shape: model.initial_value(name, shape, seed))
     module.requires_grad_(False).eval()
-    return functools.partial(model.velocity, module)
+    return partial(model.velocity, module)

@@ -24,13 +24,20 @@ from loguru import logger
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sgmd_dist.assemble import build_architecture, build_meta_network, build_objective, is_offloaded, materialize
+from sgmd_dist.assemble import (
+    build_architecture,
+    build_meta_network,
+    build_objective,
+    is_offloaded,
+    materialize,
+    networks_by_role,
+    plan_networks,
+)
 from sgmd_dist.batch import Batch
 from sgmd_dist.data.sources import latent_shape_of
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
 from sgmd_dist.objectives.base import Phase, StepState
-from sgmd_dist.parallel.apply import share_streams
 from sgmd_dist.parallel.mesh import Mesh, build_mesh
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import load_recipe
@@ -83,20 +90,21 @@ def trace(recipe: Recipe, world_size: int, rank: int) -> RankTrace:
     """
     start = time.perf_counter()
     layout, objective = recipe.layout(world_size), build_objective(recipe)
-    models = {name: build_architecture(recipe, name) for name in objective.roles}
-    latent_shape = latent_shape_of(recipe, models["generator"])
+    plans = plan_networks(recipe, objective.roles, build_architecture)
+    generator = next(plan.model for plan in plans if "generator" in plan.roles)
+    latent_shape = latent_shape_of(recipe, generator)
     tracer = Tracer()
     with _fake_process_group(world_size, rank):
         mesh = build_mesh(layout, torch.device("cpu"))
-        networks = {name: (build_meta_network(recipe, mesh, name, model), model) for name, model in models.items()}
+        modules = [build_meta_network(recipe, mesh, plan) for plan in plans]
         with FakeTensorMode(allow_non_fake_inputs=True), tracer:  # noise is drawn, and then faked
-            for name, (module, model) in networks.items():
-                offload = is_offloaded(recipe, name)
-                materialize(module, model, mesh.device, offload=offload)
+            for module, plan in zip(modules, plans, strict=True):
+                offload = is_offloaded(recipe, plan)
+                materialize(module, plan.model, mesh.device, offload=offload)
                 tracer.assign("host" if offload else "parameters", module.parameters())
                 tracer.assign("parameters", module.buffers())
-            share_streams(root for module, model in networks.values() for root in model.networks(module))
-            text_dim = models["generator"].text_dim()
+            networks = networks_by_role(modules, plans, objective.roles)
+            text_dim = generator.text_dim()
             batches = FakeBatches(
                 recipe, mesh, latent_shape, text_dim, with_latents=objective.needs_latents is not None
             )

@@ -1,13 +1,16 @@
-"""Writes trained weights as a diffusers folder and proves that the folder holds them."""
+"""Writes trained weights as a diffusers folder, or an adapter as a LoRA, and proves that the folder holds them."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sgmd_dist.adapters import Lora
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import VideoModel
 
@@ -21,6 +24,28 @@ def export_diffusers(weights: dict[str, Tensor], model: VideoModel, folder: Path
         UserError: `folder` exists already or cannot be written, a weight is not finite, or the reloaded tensors
             differ.
     """
+    return _write_verified(weights, folder, partial(model.export, weights), model.read_export)
+
+
+def export_adapter(weights: dict[str, Tensor], lora: Lora, model: VideoModel, folder: Path) -> int:
+    """Write an adapter as the LoRA that the family's diffusers pipeline loads; returns the tensor count.
+
+    B is stored times the adapter's scale, and alpha as the rank: programs that read no alpha are right too.
+
+    Raises:
+        UserError: see `export_diffusers`.
+    """
+    scaled = {name: weight * lora.scale if ".lora_B." in name else weight for name, weight in weights.items()}
+    facts = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": [*lora.targets]}
+    return _write_verified(scaled, folder, partial(model.export_adapter, scaled, facts), model.read_adapter)
+
+
+def _write_verified(
+    weights: dict[str, Tensor],
+    folder: Path,
+    write: Callable[[Path], None],
+    read: Callable[[Path], dict[str, Tensor]],
+) -> int:
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder or remove it")
     if broken := [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]:
@@ -35,8 +60,8 @@ def export_diffusers(weights: dict[str, Tensor], model: VideoModel, folder: Path
         aside.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error}); choose another folder") from None
-    model.export(weights, aside)
-    reloaded = model.read_export(aside)
+    write(aside)
+    reloaded = read(aside)
     different = [name for name in weights if not torch.equal(weights[name], reloaded.get(name, torch.empty(0)))]
     if different or len(reloaded) != len(weights):
         raise UserError(f"{aside}: reloading gives other tensors than were written: {', '.join(different[:5])}")

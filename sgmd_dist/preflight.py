@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sgmd_dist import resume
-from sgmd_dist.assemble import build_model, build_objective
+from sgmd_dist.assemble import build_model, build_objective, plan_networks
 from sgmd_dist.data.sources import check_sources, latent_shape_of
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import VideoModel
@@ -36,9 +36,15 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
         f"updates     {', '.join(phase.role for phase in objective.phases(0))} per step",
         *_sequence_lines(recipe, layout, models["generator"]),
     ]
-    for planned in all_role_bytes(recipe, objective.roles, networks_of(models, layout), knobs_of(recipe)).values():
-        count, state = planned.num_parameters / 1e9, "trained" if objective.roles[planned.role] else "frozen"
-        lines.append(f"{planned.role:<11} {count:.4f} B parameters, {state}, {planned.total / GIB:.3f} GiB per rank")
+    plans = plan_networks(recipe, objective.roles)
+    loras = {role: lora for plan in plans for role, lora in plan.loras.items()}
+    networks = networks_of(plans, layout)
+    for planned in all_role_bytes(objective.roles, networks, knobs_of(recipe)).values():
+        count, state = planned.num_parameters / 1e9, "trained" if objective.roles.get(planned.role) else "frozen"
+        what = f" of an adapter of rank {loras[planned.role].rank}" if planned.role in loras else ""
+        lines.append(
+            f"{planned.role:<11} {count:.4f} B parameters{what}, {state}, {planned.total / GIB:.3f} GiB per rank"
+        )
     return lines
 
 

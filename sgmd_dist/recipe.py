@@ -86,13 +86,28 @@ class RoleModel(Section):
     dtype: DType | None = None
 
 
+class LoraSection(Section):
+    """A low-rank adapter: y = W x + (alpha / rank) B A x, on every linear layer whose name ends with a target.
+
+    `alpha` defaults to the rank, `targets` to all layers that the model family can adapt.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    targets: list[str] | None = Field(default=None, min_length=1, description="a list of layers, as in [to_q, to_k]")
+
+
 class TrainedRoleModel(RoleModel):
-    """A trained role: its master weights are float32 under mixed precision."""
+    """A trained role: its master weights are float32 under mixed precision.
+
+    With `lora` they are an adapter's, on a frozen base in the teacher's dtype.
+    """
 
     dtype: Literal["float32"] | None = Field(
         default=None,
         description="float32: a trained role keeps float32 master weights and computes in model.compute_dtype",
     )
+    lora: LoraSection | None = None
 
 
 class ModelSection(Section):
@@ -116,6 +131,10 @@ class ModelSection(Section):
         own: RoleModel = getattr(self, role)
         dtype = self.compute_dtype if role == "teacher" else "float32"
         return RoleModel(pretrained=own.pretrained or self.pretrained, dtype=own.dtype or dtype)
+
+    def lora_of(self, role: str) -> LoraSection | None:
+        """The role's adapter; None where the role has a network of its own."""
+        return getattr(getattr(self, role), "lora", None)
 
 
 class ObjectiveSection(Section):

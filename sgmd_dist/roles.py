@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from sgmd_dist.adapters import Switch, adapter_parameters
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.recipe import AdamWSection, LrScheduleSection, OptimSection
 
@@ -55,6 +56,12 @@ class Role:
     """One network: its module, and for a trained role its optimizer and, for the generator, an EMA.
 
     A role is called as a network: `role(x_sigma, sigma, prompt_embeds, level)` gives the velocity in float32.
+
+    Roles may share a module that has adapters: each runs it with the adapter of its own name, or with none, and trains
+    that adapter alone.
+
+    Attributes:
+        parameters: what training this role changes, sharded, by name: the adapter's tensors, or the whole module's.
     """
 
     def __init__(self, name: str, module: nn.Module, model: VideoModel, *, recomputes: bool = False) -> None:
@@ -64,26 +71,34 @@ class Role:
         self.optimizer: torch.optim.AdamW | None = None
         self.ema: Ema | None = None
         self.calls: Counter[Call] = Counter()
+        self._switch = Switch(module)
+        self.adapter = name if name in self._switch.adapters else None
+        self.parameters: dict[str, nn.Parameter] = (
+            adapter_parameters(module, name) if self._switch.adapters else dict(module.named_parameters())
+        )
         self._recomputes = recomputes
         self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self._lr: AdamWSection | None = None
 
     def __call__(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
         self.calls[self._kind_of(x_sigma)] += 1
-        return self.model.velocity(self.module, x_sigma, sigma, prompt_embeds, level)
+        return self.run(x_sigma, sigma, prompt_embeds, level)
+
+    def run(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
+        """A call that is not counted."""
+        with self._switch.using(self.adapter):
+            return self.model.velocity(self.module, x_sigma, sigma, prompt_embeds, level)
 
     def _kind_of(self, x_sigma: Tensor) -> Call:
+        """An adapter's weight gradients are too small to count: its backward pass is one through the base's inputs."""
         has_graph = torch.is_grad_enabled()
-        return Call(tuple(x_sigma.shape), has_graph and x_sigma.requires_grad, has_graph and self.is_training)
+        is_training, has_adapter = has_graph and self.is_training, self.adapter is not None
+        for_input = has_graph and x_sigma.requires_grad or is_training and has_adapter
+        return Call(tuple(x_sigma.shape), for_input, is_training and not has_adapter)
 
     def passes(self) -> int:
         """Sample-passes that the calls so far lead to, those of their backward passes included."""
         return sum(count * call.passes(recomputes=self._recomputes) for call, count in self.calls.items())
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that training this role changes, by their names in the module."""
-        return dict(self.module.named_parameters())
 
     @property
     def boundaries(self) -> tuple[float, ...]:
@@ -93,7 +108,7 @@ class Role:
     @property
     def is_training(self) -> bool:
         """True while this role's weights take gradients."""
-        return next(self.module.parameters()).requires_grad
+        return any(parameter.requires_grad for parameter in self.parameters.values())
 
     def add_optimizer(self, section: AdamWSection) -> None:
         """Make the role trainable with AdamW on its (sharded) parameters."""
@@ -108,14 +123,15 @@ class Role:
         )
 
     def set_requires_grad(self, value: bool) -> None:
-        """Freeze or unfreeze the weights, with every FSDP unit resharded first.
+        """Freeze or unfreeze the role's own weights, with every FSDP unit resharded first.
 
         A unit that is still gathered keeps gradients outside `param.grad`, where they would leak into the next
         update.
         """
         for unit in self._units:
             unit.reshard()
-        self.module.requires_grad_(value)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(value)
 
     def step(self, step: int, max_grad_norm: float, lr_factor: float) -> Tensor:
         """Clip, update the weights, clear the gradients; returns the gradient norm before clipping (a scalar).
@@ -162,12 +178,13 @@ class Roles(Mapping[str, Role]):
         """
         for role in self.values():
             role.set_requires_grad(True)
+        for role in self.values():
             x = torch.zeros(1, *role.model.smallest_latents(), device=device)
             text = torch.zeros(1, WARM_UP_TOKENS, role.model.text_dim(), device=device)
             for level in (0.0, *role.boundaries):
                 role(x, torch.full((1,), level, device=device), text, level)
-            role.set_requires_grad(False)
             role.calls.clear()
+        self.train_only(None)
 
     def train_only(self, name: str | None) -> None:
         """Let the weights of role `name` take gradients and freeze all others; None freezes all.

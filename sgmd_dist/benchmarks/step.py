@@ -279,7 +279,7 @@ def bare_pass(role: Role, call: Call, inputs: tuple[Tensor, Tensor, Tensor], cot
     """
     inputs[0].grad = None
     with torch.set_grad_enabled(call.for_input or call.for_weights):
-        velocity = role.model.velocity(role.module, *inputs, _level(role, call))
+        velocity = role.run(*inputs, _level(role, call))
     if velocity.requires_grad:
         velocity.backward(cotangent)
 

@@ -69,6 +69,9 @@ class WanExperts:
         for network in self.networks(module):
             self.expert.fuse(network)
 
+    def lora_targets(self) -> tuple[str, ...]:
+        return self.expert.lora_targets()
+
     def attention_shape(self) -> AttentionShape:
         return self.expert.attention_shape()
 
@@ -114,11 +117,22 @@ class WanExperts:
     def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:
         """Write both transformers' folders, and beside them as much of a pipeline's index as tells what they are."""
         for which, name in FOLDERS.items():
-            part = {key.removeprefix(f"{which}."): t for key, t in state_dict.items() if key.startswith(f"{which}.")}
-            self.expert.export(part, folder / name)
+            self.expert.export(_part_of(state_dict, which), folder / name)
         index: dict[str, Any] = {"_class_name": "WanPipeline", **dict.fromkeys(FOLDERS.values(), _CLASS)}
         index |= {"boundary_ratio": self.boundary_ratio, "expand_timesteps": self.expand_timesteps}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def export_adapter(self, weights: dict[str, Tensor], facts: dict[str, Any], folder: Path) -> None:
+        """One LoRA for each expert: diffusers loads them one by one, `load_into_transformer_2` says which."""
+        for which, name in FOLDERS.items():
+            self.expert.export_adapter(_part_of(weights, which), facts, folder / name)
+
+    def read_adapter(self, folder: Path) -> dict[str, Tensor]:
+        return {
+            f"{which}.{key}": tensor
+            for which, name in FOLDERS.items()
+            for key, tensor in self.expert.read_adapter(folder / name).items()
+        }
 
     def read_export(self, folder: Path) -> dict[str, Tensor]:
         return {
@@ -126,3 +140,8 @@ class WanExperts:
             for which, name in FOLDERS.items()
             for key, tensor in self.expert.read_export(folder / name).items()
         }
+
+
+def _part_of(tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
+    """The tensors of one expert, by its own names."""
+    return {key.removeprefix(f"{which}."): t for key, t in tensors.items() if key.startswith(f"{which}.")}

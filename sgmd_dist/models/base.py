@@ -174,6 +174,10 @@ class VideoModel(Protocol):
         """
         ...
 
+    def lora_targets(self) -> tuple[str, ...]:
+        """The linear layers of a block that adapters may hang on, by the ends of their names."""
+        ...
+
     def attention_shape(self) -> AttentionShape:
         """Blocks, heads and head size, for plans and for the choice of a kernel."""
         ...
@@ -240,4 +244,16 @@ class VideoModel(Protocol):
 
     def read_export(self, folder: Path) -> dict[str, Tensor]:
         """Load an exported folder with diffusers' own loader; returns its state dict."""
+        ...
+
+    def export_adapter(self, weights: dict[str, Tensor], facts: dict[str, Any], folder: Path) -> None:
+        """Write an adapter's tensors, by diffusers' names, as a LoRA that the family's diffusers pipeline loads.
+
+        Args:
+            facts: arguments of peft's `LoraConfig`, stored in the file.
+        """
+        ...
+
+    def read_adapter(self, folder: Path) -> dict[str, Tensor]:
+        """Load an exported adapter with diffusers' own loader; returns its tensors by diffusers' names."""
         ...

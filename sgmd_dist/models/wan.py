@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from sgmd_dist.recipe import Section as RecipeSection
 
 _VAE_TEMPORAL_STRIDE = 4
 _VAE_SPATIAL_STRIDE = {16: 8, 48: 16}  # latent channels -> pixels per latent: Wan2.1's VAE and Wan2.2's
+_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # of both attentions
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -184,6 +186,9 @@ class Wan:
     def fuse(self, module: nn.Module) -> None:
         fuse(module)
 
+    def lora_targets(self) -> tuple[str, ...]:
+        return _LORA_TARGETS
+
     def attention_shape(self) -> AttentionShape:
         config = self.config
         return AttentionShape(config["num_layers"], config["num_attention_heads"], config["attention_head_dim"])
@@ -263,6 +268,15 @@ class Wan:
 
     def read_export(self, folder: Path) -> dict[str, Tensor]:
         return cast(nn.Module, WanTransformer3DModel.from_pretrained(folder, local_files_only=True)).state_dict()
+
+    def export_adapter(self, weights: dict[str, Tensor], facts: dict[str, Any], folder: Path) -> None:
+        WanLoraLoaderMixin.save_lora_weights(
+            str(folder), transformer_lora_layers=dict(weights), transformer_lora_adapter_metadata=facts
+        )
+
+    def read_adapter(self, folder: Path) -> dict[str, Tensor]:
+        found = WanLoraLoaderMixin.lora_state_dict(str(folder), use_safetensors=True, local_files_only=True)
+        return {name.removeprefix("transformer."): tensor for name, tensor in cast(dict[str, Tensor], found).items()}
 
 
 def _num_latents(name: str, size: int, stride: int, patch: int, *, lone_first: bool = False) -> int:

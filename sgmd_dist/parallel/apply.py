@@ -32,6 +32,10 @@ from sgmd_kernels.attention import choose
 # Networks that unpatchify return a view; nothing here writes into a network's output in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
+# Graphs of a block: by role and adapter, frozen or not, with gradients or without, by batch size. Adapters take more
+# than torch's own limit of 8, past which blocks would run uncompiled.
+_MAX_VARIANTS = 32
+
 _RECOMPUTE: Mapping[str, Callable[[nn.Module], None]] = MappingProxyType(
     {"none": lambda block: None, "block": recompute_block, "selective": recompute_all_but_attention}
 )
@@ -62,6 +66,9 @@ def parallelize(
     if dispatch.fused(section.kernels, mesh.device.type, dispatch.triton_installed()):
         model.fuse(module)
         _log_once("blocks run fused Triton kernels")
+    if section.compile:
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, _MAX_VARIANTS)
     networks = model.networks(module)
     for block in (block for network in networks for block in model.blocks(network)):
         _RECOMPUTE[section.activation_checkpointing](block)

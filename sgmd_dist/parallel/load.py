@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -31,13 +31,12 @@ class Loaded:
 
 
 @torch.no_grad()
-def fill(module: nn.Module, value: Callable[[str, tuple[int, ...]], Tensor]) -> int:
-    """Set every parameter from `value(name, global shape)`, one full tensor at a time; returns how many."""
-    named = list(module.named_parameters())
-    for name, parameter in named:
+def fill(parameters: Mapping[str, Tensor], value: Callable[[str, tuple[int, ...]], Tensor]) -> int:
+    """Set each of `parameters` from `value(name, global shape)`, one full tensor at a time; returns how many."""
+    for name, parameter in parameters.items():
         local, slices = _local_part(parameter)
         local.copy_(value(name, tuple(parameter.shape))[slices])
-    return len(named)
+    return len(parameters)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import sgmd_dist.parallel.ring  # noqa: F401 (registers the operator)
 import sgmd_kernels.attention  # noqa: F401
+from sgmd_dist import adapters
 
 _ATTENTION = torch.ops.sgmd_kernels.attention.default
 _RING_ATTENTION = torch.ops.sgmd_dist.ring_attention.default
@@ -39,9 +40,10 @@ def _keep_self_attention(context: Any, operator: Any, *args: Any, **kwargs: Any)
 def _checkpoint(block: nn.Module, **options: Any) -> None:
     """Wrap `forward`, not the module: parameters keep their names."""
     forward: Callable[..., Any] = block.forward
+    pinned = adapters.pin(block)
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+        return checkpoint(pinned(forward), *args, use_reentrant=False, **options, **kwargs)
 
     # A function of this file: torch.compile passes over a partial of torch's own `checkpoint` and compiles nothing.
     block.forward = recomputed

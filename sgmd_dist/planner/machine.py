@@ -63,7 +63,7 @@ class Knobs:
     forward_prefetch: int
     backward_prefetch: int
     teacher_offload: bool
-    asynchronous_saves: bool = False
+    asynchronous_saves: bool
 
 
 def knobs_of(recipe: Recipe) -> Knobs:
@@ -77,4 +77,5 @@ def knobs_of(recipe: Recipe) -> Knobs:
         forward_prefetch=parallel.forward_prefetch,
         backward_prefetch=parallel.backward_prefetch,
         teacher_offload=parallel.teacher_offload,
+        asynchronous_saves=recipe.checkpoint.asynchronous,
     )

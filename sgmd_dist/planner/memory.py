@@ -83,7 +83,7 @@ def _moments(passes: Sequence[PlannedPasses], networks: Mapping[str, Network], k
     """Every moment that may be the fullest: each pass's forward, and each graph's backward."""
     alive, moments = 0, []
     graphs: list[tuple[PlannedPasses, int]] = []
-    kept = dict.fromkeys(networks, 0)  # blocks' parameters that stay gathered
+    kept: dict[int, int] = {}  # blocks' parameters that stay gathered, by module
     for planned in (planned for planned in passes if planned.passes.most):
         role, gradient, activations = planned.passes.role, planned.passes.gradient, planned.costs.activations
         inside = activations.block_forward
@@ -93,7 +93,7 @@ def _moments(passes: Sequence[PlannedPasses], networks: Mapping[str, Network], k
             graph = graph_bytes(activations, planned.costs.num_blocks, gradient, knobs.checkpointing)
             alive += graph * planned.passes.most
             graphs += [(planned, graph)] * planned.passes.most
-        kept[role] = _kept(networks[role], knobs)
+        kept[networks[role].module] = _kept(networks[role], knobs)
         gathered = sum(kept.values()) + _gathered(networks[role], knobs, 2 + max(knobs.forward_prefetch, 1))
         moments.append(Moment(f"{role} forward", alive + inside, gathered))
     ended: set[str] = set()
@@ -102,7 +102,7 @@ def _moments(passes: Sequence[PlannedPasses], networks: Mapping[str, Network], k
         moments.append(_backward(planned, alive, network, knobs, sum(kept.values())))
         alive -= graph
         if planned.passes.gradient == "weights" and role not in ended and _num_trained(graphs, role) > 1:
-            alive += knobs.compute_bytes * sum(block.gathered for block in network.blocks)
+            alive += knobs.compute_bytes * len(network.blocks) * network.trained_block
         ended.add(role)
     return moments
 
@@ -120,8 +120,7 @@ def _backward(planned: PlannedPasses, alive: int, network: Network, knobs: Knobs
         inside += activations.block_saved[which]
     if knobs.checkpointing == "selective":
         inside -= activations.attention
-    block = network.largest_block.gathered
-    reducing = (knobs.compute_bytes + FLOAT32) * block if gradient == "weights" else 0
+    reducing = (knobs.compute_bytes + FLOAT32) * network.trained_block if gradient == "weights" else 0
     return Moment(
         f"{role} backward", alive + inside, kept + _gathered(network, knobs, 1 + knobs.backward_prefetch), reducing
     )

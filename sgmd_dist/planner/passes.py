@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sgmd_dist.models.base import PassCosts
-from sgmd_dist.objectives.base import Passes, Phase
+from sgmd_dist.models.base import Gradient, PassCosts
+from sgmd_dist.objectives.base import Passes
 
 
 @dataclass(frozen=True)
 class PlannedPasses:
-    """Passes of one role with the costs of one of them."""
+    """Passes of one role with the costs of one of them. `of_adapter`: the role trains an adapter, whose own gradients
+    are too small to count; its backward pass still keeps what those of whole weights need."""
 
     passes: Passes
     costs: PassCosts
+    of_adapter: bool = False
+
+    @property
+    def computed(self) -> Gradient:
+        """The gradient that the backward pass computes through the network."""
+        return "input" if self.of_adapter and self.passes.gradient == "weights" else self.passes.gradient
 
 
 @dataclass(frozen=True)
@@ -26,20 +33,20 @@ class PlannedPhase:
     reuses_samples: bool
 
 
-def sample_passes(phases: Sequence[Phase], *, recomputes: bool) -> dict[str, tuple[float, int]]:
+def sample_passes(phases: Sequence[PlannedPhase], *, recomputes: bool) -> dict[str, tuple[float, int]]:
     """Passes of a step per sample of the batch by role, (in expectation, at most): a forward, a recomputation and each
     kind of backward count 1, as in `Role.passes`."""
     counts: dict[str, tuple[float, int]] = {}
     for phase in phases:
-        for passes in phase.passes:
-            each = passes.batch * _passes_each(passes, recomputes)
+        for planned in phase.passes:
+            passes, each = planned.passes, planned.passes.batch * _passes_each(planned.computed, recomputes)
             mean, most = counts.get(passes.role, (0.0, 0))
             counts[passes.role] = (mean + each * passes.mean, most + each * passes.most)
     return counts
 
 
-def _passes_each(passes: Passes, recomputes: bool) -> int:
-    backward = {"none": 0, "input": 1, "weights": 2}[passes.gradient]
+def _passes_each(gradient: Gradient, recomputes: bool) -> int:
+    backward = {"none": 0, "input": 1, "weights": 2}[gradient]
     return 1 + backward + int(backward > 0 and recomputes)
 
 
@@ -61,7 +68,7 @@ def step_flops(phases: Sequence[PlannedPhase], *, checkpointing: str, accumulati
     """FLOPs of a step: expected passes of all micro-batches."""
     linear = attention = rest = recomputed = 0.0
     for planned in _all_passes(phases):
-        count, costs, gradient = planned.passes.mean * accumulation, planned.costs, planned.passes.gradient
+        count, costs, gradient = planned.passes.mean * accumulation, planned.costs, planned.computed
         linear += count * (costs.linear.forward + costs.linear.backward(gradient))
         for part in (costs.self_attention, costs.cross_attention):
             attention += count * (part.forward + part.backward(gradient))

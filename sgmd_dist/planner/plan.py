@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from sgmd_dist.assemble import build_architecture, build_objective
+from sgmd_dist.assemble import build_architecture, build_objective, plan_networks
 from sgmd_dist.data.sources import latent_shape_of
 from sgmd_dist.models.base import LatentShape, PassShape, VideoModel
 from sgmd_dist.objectives.base import Phase
@@ -83,12 +83,14 @@ def make_plan(recipe: Recipe, machine: Machine, step: int = 0) -> Plan:
     """
     layout, knobs = recipe.layout(machine.world_size), knobs_of(recipe)
     objective = build_objective(recipe)
-    models = {role: build_architecture(recipe, role) for role in objective.roles}
-    networks = networks_of(models, layout)
-    roles = all_role_bytes(recipe, objective.roles, networks, knobs)
+    plans = plan_networks(recipe, objective.roles, build_architecture)
+    models = {role: plan.model for plan in plans for role in plan.roles}
+    networks = networks_of(plans, layout)
+    roles = all_role_bytes(objective.roles, networks, knobs)
     latent_shape = latent_shape_of(recipe, models["generator"])
     phases = objective.phases(step)
-    planned = _with_costs(phases, models, recipe, latent_shape, fused_norms=machine.fused_norms)
+    with_adapter = {role for role, network in networks.items() if network.is_adapter}
+    planned = _with_costs(phases, models, with_adapter, recipe, latent_shape, fused_norms=machine.fused_norms)
     partition = Partition(models["generator"].num_tokens(latent_shape), layout.ring, layout.ulysses)
     batch = recipe.data.micro_batch_size
     exchanges = {
@@ -108,7 +110,7 @@ def make_plan(recipe: Recipe, machine: Machine, step: int = 0) -> Plan:
         layout=layout,
         latent_shape=latent_shape,
         tokens=partition.length,
-        passes=sample_passes(phases, recomputes=knobs.checkpointing != "none"),
+        passes=sample_passes(planned, recomputes=knobs.checkpointing != "none"),
         roles=tuple(roles.values()),
         planned=distinct,
         phases=tuple(memory),
@@ -121,6 +123,7 @@ def make_plan(recipe: Recipe, machine: Machine, step: int = 0) -> Plan:
 def _with_costs(
     phases: Sequence[Phase],
     models: Mapping[str, VideoModel],
+    with_adapter: Collection[str],
     recipe: Recipe,
     latent_shape: LatentShape,
     *,
@@ -136,7 +139,10 @@ def _with_costs(
     return [
         PlannedPhase(
             phase.role,
-            tuple(PlannedPasses(p, models[p.role].pass_costs(shape(p.batch))) for p in phase.passes),
+            tuple(
+                PlannedPasses(p, models[p.role].pass_costs(shape(p.batch)), p.role in with_adapter)
+                for p in phase.passes
+            ),
             reuses_samples=phase.data == "same",
         )
         for phase in phases

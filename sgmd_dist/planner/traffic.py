@@ -97,7 +97,7 @@ def _sharding(passes: Sequence[PlannedPasses], network: Network, layout: Layout,
     reductions = min(1.0, sum(p.passes.mean for p in passes if p.passes.gradient == "weights"))
     gathers = forwards + graphs
     whole = gathers if knobs.kept_on is None else min(gathers, 1.0)
-    blocks = network.expert_shard - network.root.shard
+    blocks = network.blocks_shard
     own = knobs.compute_bytes * ((forwards + min(1.0, graphs)) * network.root.shard + whole * blocks)
     kept_on = knobs.kept_on or 1
     return {

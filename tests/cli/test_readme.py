@@ -18,6 +18,10 @@ SHARED = (
     " run.dir=runs/tiny_shared"
 )
 BENCH_STEP = "python launch/bench.py step recipes/tiny_sgmd.yaml run.dir=runs/bench --out runs/step.json"
+LORA = (
+    "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_sgmd.yaml model.generator.lora.rank=8"
+    " model.fake_score.lora.rank=8 run.dir=runs/tiny_lora"
+)
 TEACHER = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_teacher.yaml"
 
 # What makes a command short, or keeps it below {runs}.
@@ -27,6 +31,7 @@ SHORTER = {
     RESUME: "run.dir={runs}/tiny_sgmd run.steps=40",
     SHARED: "run.steps=2",
     BENCH_STEP: "--steps 1",
+    LORA: "run.steps=2",
     TEACHER: "run.dir={runs}/tiny_teacher run.steps=2",
 }
 NOT_RUN = {

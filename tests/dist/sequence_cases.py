@@ -130,7 +130,7 @@ def plain(case: Case) -> list[Outcome]:
     """diffusers' networks as they are, in one process: an outcome for each part, weight gradients of their mean."""
     networks = [case.model().build() for _ in range(1 + case.chained)]
     for number, network in enumerate(networks):
-        fill(network, partial(weight, number))
+        fill(dict(network.named_parameters()), partial(weight, number))
     outcomes = []
     for part in range(case.dp_size):
         inputs = data(case, part)
@@ -178,7 +178,7 @@ def parallel_network(case: Case, mesh: Mesh, number: int = 0) -> nn.Module:
         module = model.build()
     parallelize(module, model, case.section(), mesh=mesh, compute_dtype=torch.float32)
     materialize(module, model, mesh.device)
-    fill(module, partial(weight, number))
+    fill(dict(module.named_parameters()), partial(weight, number))
     return module.requires_grad_(number == 0)
 
 

@@ -84,6 +84,27 @@ def test_the_check_writes_nothing(tiny_recipe: MakeRecipe) -> None:
     assert not Path(recipe.run.dir).exists()
 
 
+def test_adapters_are_planned_apart_from_their_base(tiny_recipe: MakeRecipe) -> None:
+    """A of rank x in and B of out x rank, on to_q of two attentions: 16 bytes each to train, 4 more for the average."""
+    section = "{rank: 1000000, targets: [to_q]}"
+    lora = [f"model.generator.lora={section}", f"model.fake_score.lora={section}"]
+    found, whole = plan(tiny_recipe(*lora)), plan(tiny_recipe())
+    size = 2 * (24 + 24) * 1e6
+    shown = f"{size / 1e9:.4f} B parameters of an adapter of rank 1000000, trained"
+    assert found["generator"] == f"{shown}, {20 * size / preflight.GIB:.3f} GiB per rank"
+    assert found["fake_score"] == f"{shown}, {16 * size / preflight.GIB:.3f} GiB per rank"
+    assert found["teacher"] == whole["teacher"] and "base" not in found
+    alone = plan(tiny_recipe("objective={name: flow_matching}", lora[0]))
+    assert alone["base"] == whole["teacher"] and alone["generator"] == found["generator"]
+
+
+def test_a_wrong_adapter_is_refused_before_anything_is_busy(tiny_recipe: MakeRecipe) -> None:
+    with pytest.raises(
+        UserError, match=r"model\.generator\.lora\.targets: 'q' is no layer of a block; allowed: to_q, "
+    ):
+        plan(tiny_recipe("model.generator.lora.targets=[q]"))
+
+
 @pytest.mark.parametrize("role", ["teacher", "generator", "fake_score"])
 def test_a_missing_folder_is_named_by_the_key_that_gave_it(tiny_recipe: MakeRecipe, role: str) -> None:
     with pytest.raises(UserError, match=rf"model\.{role}\.pretrained = 'nowhere': no such folder"):

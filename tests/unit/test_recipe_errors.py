@@ -71,6 +71,19 @@ WRONG_VALUES = [
         "model.teacher.dtype=f32",
         "model.teacher.dtype = 'f32': expected one of bfloat16, float32 or null; did you mean 'float32'?",
     ),
+    # adapters
+    ("model.generator.lora.rank=0", "model.generator.lora.rank = 0: expected an integer >= 1"),
+    ("model.fake_score.lora.alpha=0", "model.fake_score.lora.alpha = 0: expected a number > 0 or null"),
+    ("model.generator.lora=8", "model.generator.lora = 8: expected a section with keys rank, alpha, targets or null"),
+    (
+        "model.generator.lora.targets=[]",
+        "model.generator.lora.targets = []: expected a list of layers, as in [to_q, to_k]",
+    ),
+    (
+        "model.generator.lora.dropout=0.1",
+        "model.generator.lora.dropout = 0.1: unknown key; allowed: rank, alpha, targets",
+    ),
+    ("model.teacher.lora.rank=4", "model.teacher.lora: unknown key; allowed: pretrained, dtype"),
     (
         "objective.inner_sample=resue",
         "objective.inner_sample = 'resue': expected one of fresh, reuse; did you mean 'reuse'?",

@@ -304,7 +304,8 @@ def test_random_weights_follow_wans_own_initialization():
     """Wan's: xavier weights, zero biases and output, unit norms, embedders of time and text at std 0.02."""
     model = build(section(config=TINY), None, KEY)
     module = materialized(model)
-    assert fill(module, lambda name, shape: model.initial_value(name, shape, 0)) == len(list(module.parameters()))
+    parameters = dict(module.named_parameters())
+    assert fill(parameters, lambda name, shape: model.initial_value(name, shape, 0)) == len(parameters)
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1:
             assert (parameter == (1.0 if "norm" in name and name.endswith("weight") else 0.0)).all(), name
@@ -325,7 +326,7 @@ def expected_std(name: str, parameter: Tensor) -> float:
 def test_a_random_network_starts_at_velocity_zero(batch: dict[str, Tensor]):
     model = build(section(config=TINY), None, KEY)
     module = materialized(model)
-    fill(module, lambda name, shape: model.initial_value(name, shape, 0))
+    fill(dict(module.named_parameters()), lambda name, shape: model.initial_value(name, shape, 0))
     assert model.weight_files() == {}
     assert not model.velocity(module, sigma=SIGMA, **batch).any()
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sgmd_dist import adapters
 from sgmd_dist.models import _wan_fused
 from sgmd_dist.models._wan_attention import attach
 from sgmd_dist.models.wan import WanConfig
@@ -155,3 +157,25 @@ def test_a_frozen_network_passes_the_gradient_of_its_input():
 
 def test_parameters_keep_their_names():
     assert fused().state_dict().keys() == network().state_dict().keys()
+
+
+def adapted(module: Any) -> Any:
+    """The network with an active adapter of random weights on all that a Wan can adapt."""
+    lora = adapters.Lora(rank=2, alpha=4.0, targets=("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"))
+    adapters.inject(module, "one", lora)
+    torch.manual_seed(2)
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            for matrices in (layer.lora_A, layer.lora_B):
+                nn.init.normal_(matrices.to_empty(device="cpu")["one"].weight, std=0.2)
+    adapters.Switch(module).activate("one")
+    return module.requires_grad_(True)
+
+
+def test_fused_blocks_run_their_adapters(timestep_shape: tuple[int, ...]) -> None:
+    found = forward_and_gradients(adapted(fused()), timestep_shape, torch.float32)
+    wanted = forward_and_gradients(adapted(network()), timestep_shape, torch.float32)
+    assert sum(".lora_" in name for name in found) == 2 * 2 * 10
+    assert max(distances(found, wanted).values()) < 1e-4
+    plain = forward_and_gradients(network(), timestep_shape, torch.float32)
+    assert (wanted["output"] - plain["output"]).abs().max() > 0.1
