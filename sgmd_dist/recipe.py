@@ -9,22 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationInfo,
-    create_model,
-    field_validator,
-)
+from pydantic import Field, SerializeAsAny, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
 from sgmd_dist import registry
 from sgmd_dist.errors import UserError
 from sgmd_dist.schedule import NonNegative, Positive, UnitInterval, constant
+from sgmd_dist.section import Section, wrong
 
 RoleName = Literal["teacher", "generator", "fake_score"]
 DType = Literal["bfloat16", "float32"]
@@ -32,32 +25,6 @@ AttentionBackend = Literal[
     "auto", "flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "flash", "efficient", "math"
 ]
 KIND_OF_SECTION = {"model": registry.MODELS, "objective": registry.OBJECTIVES}
-
-
-def wrong(message: str) -> PydanticCustomError:
-    """A validation error whose text is `message`; the loader adds file, key and value."""
-    return PydanticCustomError("recipe", "{message}", {"message": message})
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, every key known, every default valid, every number finite.
-
-    A field's `description`, where it has one, says what its value must be: messages show it after "expected".
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, populate_by_name=True, allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse booleans where pydantic would read them as 1 and 0."""
-        if isinstance(value, bool) and info.field_name is not None:
-            annotation = cls.model_fields[info.field_name].annotation
-            if annotation is not bool and bool not in get_args(annotation):
-                raise PydanticCustomError("bool", "not a boolean")
-        return value
 
 
 class RunSection(Section):

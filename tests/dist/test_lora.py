@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from diffusers import WanTransformer3DModel
 from lora_reference import LoraReference
 from ranks import run_ranks
+from test_passes import PassCounter
 from running import State, parameter_difference, train
 from torch import nn
 from torch._dynamo.utils import counters
@@ -48,7 +49,6 @@ def only_parameters(state: State) -> State:
 
 LAYOUTS = {
     "1 rank": (1, []),
-    "1 rank, checkpointing": (1, [CHECKPOINTING]),
     "2 ranks": (2, []),
     "2 ranks, checkpointing": (2, [CHECKPOINTING]),
     "2 ranks, selective checkpointing": (2, ["parallel.activation_checkpointing=selective"]),
@@ -123,6 +123,25 @@ def test_the_ranks_hold_one_copy_of_the_base(recipe_path: Path, wan_folder: Path
     ranks = run_ranks(2, what_lies_on_a_rank, recipe_path, [*BOTH, "model.compute_dtype=bfloat16"])
     base = sum(p.numel() for p in WanTransformer3DModel.from_pretrained(wan_folder / "transformer").parameters())
     assert sum(num_bytes for num_bytes, _ in ranks) == 2 * base + 4 * ranks[0][1]
+
+
+def count_passes(recipe_path: Path, overrides: list[str]) -> tuple[dict[str, int], float]:
+    """Passes of one step through a layer of the shared base, and those that the roles counted, per sample."""
+    recipe = load_recipe(recipe_path, overrides)
+    with process_group() as device:
+        trainer = Trainer(recipe, build_mesh(recipe.layout(world_size()), device))
+        counter = PassCounter(trainer.roles["teacher"].module.blocks[1].ffn.net[2].base_layer)
+        trainer.train_step()
+        planned = sum(trainer.roles.take_passes().values())
+        trainer.close()
+        del trainer
+    return dict(counter.counts), planned
+
+
+def test_a_step_takes_the_planned_passes_and_no_weight_gradient_of_the_base(recipe_path: Path) -> None:
+    counts, planned = run_ranks(1, count_passes, recipe_path, [*BOTH, CHECKPOINTING])[0]
+    assert sum(counts.values()) == planned
+    assert counts.keys() == {"forward", "input"}
 
 
 def test_a_checkpoint_holds_adapters_only_and_resumes_on_other_ranks(recipe_path: Path, tmp_path: Path) -> None:

@@ -245,3 +245,17 @@ def test_a_broken_adapter_is_not_exported(found: tuple[dict[str, Tensor], Lora, 
     next(iter(weights.values()))[0, 0] = torch.nan
     with pytest.raises(UserError, match="not written: 1 tensors hold NaN"):
         export_adapter(weights, lora, model, tmp_path / "lora")
+
+
+def test_a_pair_of_experts_exports_an_adapter_for_each(tiny_recipe: MakeRecipe, mesh: Mesh, tmp_path: Path) -> None:
+    recipe = tiny_recipe("model.boundary_ratio=0.875", *BOTH)
+    model, roles = build_model(recipe, "generator"), roles_of(recipe, mesh)
+    assert sharing(roles) == {frozenset(ROLES)}
+    roles.warm_up(CPU)
+    lora = lora_of(recipe, "generator", model)
+    assert lora is not None
+    weights = {name: cast(Any, p).detach().full_tensor() for name, p in roles["generator"].parameters.items()}
+    assert export_adapter(weights, lora, model, tmp_path / "lora") == len(weights) == 40
+    for name in ("transformer", "transformer_2"):
+        (file,) = (tmp_path / "lora" / name).iterdir()
+        assert len(load_file(file)) == 20 and all(key.startswith("transformer.blocks.") for key in load_file(file))

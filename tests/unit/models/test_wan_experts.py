@@ -177,7 +177,7 @@ def test_random_experts_differ_and_are_a_function_of_name_and_seed():
     networks = []
     for _ in range(2):
         module = model.build()
-        fill(module, lambda name, shape: model.initial_value(name, shape, 7))
+        fill(dict(module.named_parameters()), lambda name, shape: model.initial_value(name, shape, 7))
         networks.append(module)
     first, again = (network.state_dict() for network in networks)
     assert all(torch.equal(first[name], again[name]) for name in first)
