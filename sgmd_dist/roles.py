@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from sgmd_dist import flow
 from sgmd_dist.adapters import Switch, adapter_parameters
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.recipe import AdamWSection, LrScheduleSection, OptimSection
@@ -36,12 +37,13 @@ class Ema:
 class Call(NamedTuple):
     """A kind of call of a network: latents of `shape` `[B, C, F, H, W]`, and what its backward pass gives gradients to.
 
-    Without either there is no graph.
+    Without either there is no graph. `expert` numbers the network that ran, from the lowest noise levels up.
     """
 
     shape: tuple[int, ...]
     for_input: bool
     for_weights: bool
+    expert: int = 0
 
     def passes(self, *, recomputes: bool) -> int:
         """Sample-passes that the call leads to: forward 1, recompute 1, input and weight gradients 1 each.
@@ -81,7 +83,7 @@ class Role:
         self._lr: AdamWSection | None = None
 
     def __call__(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
-        self.calls[self._kind_of(x_sigma)] += 1
+        self.calls[self._kind_of(x_sigma, level)] += 1
         return self.run(x_sigma, sigma, prompt_embeds, level)
 
     def run(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
@@ -89,12 +91,13 @@ class Role:
         with self._switch.using(self.adapter):
             return self.model.velocity(self.module, x_sigma, sigma, prompt_embeds, level)
 
-    def _kind_of(self, x_sigma: Tensor) -> Call:
+    def _kind_of(self, x_sigma: Tensor, level: float | None) -> Call:
         """An adapter's weight gradients are too small to count: its backward pass is one through the base's inputs."""
         has_graph = torch.is_grad_enabled()
         is_training, has_adapter = has_graph and self.is_training, self.adapter is not None
         for_input = has_graph and x_sigma.requires_grad or is_training and has_adapter
-        return Call(tuple(x_sigma.shape), for_input, is_training and not has_adapter)
+        expert = 0 if level is None else sum(flow.reaches(level, boundary) for boundary in self.boundaries)
+        return Call(tuple(x_sigma.shape), for_input, is_training and not has_adapter, expert)
 
     def passes(self) -> int:
         """Sample-passes that the calls so far lead to, those of their backward passes included."""

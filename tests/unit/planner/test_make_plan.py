@@ -89,7 +89,7 @@ def test_an_offloaded_teacher_lies_on_the_host(plan_14b: Plan) -> None:
     plan = make_plan(shipped("sgmd", "parallel.teacher_offload=true"), EIGHT_NODES)
     assert plan.storage.offloaded == plan_14b.roles[0].parameters == plan.roles[0].on_host
     assert plan.roles[0].parameters == 0
-    assert plan.storage.node == 8 * (plan.storage.loading + plan.storage.offloaded)
+    assert plan.storage.node == 8 * (plan.storage.loading + plan.storage.staging + plan.storage.offloaded)
 
 
 def test_a_checkpoint_holds_the_training_state_in_float32(plan_14b: Plan) -> None:
