@@ -29,6 +29,8 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)[:-1]  # on the device
 _GROUP_ARGUMENTS = ("process_group", "group_name", "group")
 _DEVICE_OF = torch.ops.prim.device.default
 _SCALAR_OF = torch.ops.aten._local_scalar_dense.default
+_UNKNOWN_SIZES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_WRITES = frozenset(f"aten::{name}_" for name in ("add", "sub", "mul", "div", "copy", "fill", "zero", "lerp", "clamp"))
 # What these hand out or fill besides an operation's default, activations.
 _MADE_BY: dict[str, Category] = {
     "fsdp::all_gather_copy_in": "gathered",
@@ -91,6 +93,7 @@ class Tracer(TorchDispatchMode):
         self._live: dict[int, tuple[int, Category, weakref.ref]] = {}
         self._bytes: Counter[Category] = Counter()
         self._total = self._peak = 0
+        self._known: dict[tuple[Any, ...], list[_Form]] = {}
 
     def __enter__(self) -> Tracer:
         self._untraced_resize = torch.UntypedStorage.resize_
@@ -131,10 +134,14 @@ class Tracer(TorchDispatchMode):
             return 1
         traits = _traits(func)
         kwargs = kwargs or {}
+        if traits.writes_to_first and isinstance(args[0], FakeTensor):
+            return args[0]
         if traits.group_position is not None:
             self.parts[-1].collectives.append(_collective(traits, args, kwargs))
         if traits.is_view and isinstance(args[0], FakeTensor):
             result = _view(func, args, kwargs)
+        elif traits.makes_new:
+            result = self._made_again(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
         if traits.category is not None:
@@ -144,6 +151,17 @@ class Tracer(TorchDispatchMode):
             for tensor in (result,) if isinstance(result, Tensor) else _tensors(result):
                 self._count(tensor.untyped_storage(), "activations", move=False)
         return result
+
+    def _made_again(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What `FakeTensorMode` makes, remembered by the inputs' sizes: blocks and micro-batches repeat each other."""
+        key = _key(func, args, kwargs)
+        known = self._known.get(key) if key is not None else None
+        if known is None:
+            result = func(*args, **kwargs)
+            if key is not None and (forms := _forms(result)) is not None:
+                self._known[key] = forms
+            return result
+        return _made(known[0]) if len(known) == 1 else tuple(_made(form) for form in known)
 
     def _count(self, storage: torch.UntypedStorage, category: Category, *, move: bool) -> None:
         key = storage._cdata
@@ -191,20 +209,87 @@ def _view(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return type(result)(FakeTensor(fake.fake_mode, part, fake.fake_device) for part in result)
 
 
+class _Form(NamedTuple):
+    """All that a fake tensor of its own storage is."""
+
+    mode: Any
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _made(form: _Form) -> FakeTensor:
+    with in_kernel_invocation_manager(form.mode):
+        meta = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
+    return FakeTensor(form.mode, meta, form.device)
+
+
+def _forms(result: Any) -> list[_Form] | None:
+    """The forms of an operation's results; None where one is no dense fake tensor of its own storage."""
+    forms = []
+    for tensor in result if isinstance(result, (tuple, list)) else (result,):
+        if not isinstance(tensor, FakeTensor) or tensor.storage_offset():
+            return None
+        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
+            return None
+        forms.append(_Form(tensor.fake_mode, tensor.fake_device, tensor.shape, tensor.stride(), tensor.dtype))
+    return forms
+
+
+def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What the forms of an operation's results follow from; None where that is not known to be all."""
+    parts: list[Any] = [func]
+    for value in (*args, *kwargs, *kwargs.values()):
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, FakeTensor):
+                parts.append((item.dtype, item.shape, item.stride(), item.fake_device))
+            elif isinstance(item, _PLAIN):
+                parts.append((type(item), item))
+            else:
+                return None
+        parts.append(len(value) if isinstance(value, (tuple, list)) else None)
+    return tuple(parts)
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
 class _Traits(NamedTuple):
-    """What matters of an operation: where its process group stands, what it makes, whether it makes anything."""
+    """What matters of an operation: where its process group stands, what it makes, whether it makes anything.
+
+    makes_new: its results are new tensors, whose sizes follow from those of its inputs. writes_to_first: it only writes
+    values, to its first argument, and returns it.
+    """
 
     name: str
     group_position: int | None
     category: Category | None
     is_view: bool
+    makes_new: bool
+    writes_to_first: bool
 
 
 @cache
 def _traits(func: Any) -> _Traits:
     name, arguments = func._schema.name, [argument.name for argument in func._schema.arguments]
     found = [arguments.index(key) for key in _GROUP_ARGUMENTS if key in arguments]
-    return _Traits(name, found[0] if found else None, _MADE_BY.get(name), func.is_view)
+    category = _MADE_BY.get(name)
+    is_known = not found and category is None and not func.is_view and not _UNKNOWN_SIZES & {*func.tags}
+    return _Traits(
+        name,
+        found[0] if found else None,
+        category,
+        func.is_view,
+        makes_new=is_known and not func._schema.is_mutable and _makes_tensors(func),
+        writes_to_first=is_known and name in _WRITES,
+    )
+
+
+def _makes_tensors(func: Any) -> bool:
+    """Whether all that it returns are tensors that no argument shares."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is None and r.type.kind() == "TensorType" for r in returns)
 
 
 def _collective(traits: _Traits, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Collective:
