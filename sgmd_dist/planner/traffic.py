@@ -58,10 +58,12 @@ def step_flows(
     shard, sequence = layout.dp_shard * layout.sequence_size, layout.sequence_size
     sent: dict[str, float] = {}
     for phase in phases:
+        modules = dict.fromkeys(networks[planned.passes.role].module for planned in phase.passes)
         parts = [
-            _sharding([p for p in phase.passes if p.passes.role == role], networks[role], layout, knobs)
-            for role in dict.fromkeys(planned.passes.role for planned in phase.passes)
+            _sharding([p for p in phase.passes if networks[p.passes.role].module == module], networks, layout, knobs)
+            for module in modules
         ]
+        parts.append(_reduction(phase, networks[phase.role], layout))
         parts += [_sequence(planned, exchanges[planned.passes.role], sequence, knobs) for planned in phase.passes]
         for kind, size in (item for part in parts for item in part.items()):
             sent[kind] = sent.get(kind, 0.0) + size * layout.accumulation
@@ -84,26 +86,37 @@ def exchange_of(model: VideoModel, partition: Partition, *, batch: int, item_byt
     return traffic(partition, batch=batch, heads=shape.num_heads, head_size=shape.head_size, item_bytes=item_bytes)
 
 
-def _sharding(passes: Sequence[PlannedPasses], network: Network, layout: Layout, knobs: Knobs) -> dict[str, float]:
-    """What FSDP sends for one network's passes of a micro-batch in one phase.
+def _sharding(
+    passes: Sequence[PlannedPasses], networks: Mapping[str, Network], layout: Layout, knobs: Knobs
+) -> dict[str, float]:
+    """What FSDP sends to gather one module for its passes of a micro-batch in one phase.
 
-    Several graphs share a backward pass: the root is gathered for it once, and a weight's gradient is whole, and
-    reduced, when the last graph has added to it. Blocks that are not given back to all ranks are gathered from all
-    once, and from then on from the ranks that keep them.
+    Several graphs share a backward pass: the root stays gathered until an input's gradient is done, or to the end.
+    Blocks that are not given back to all ranks are gathered from all once, and from then on from the ranks that keep
+    them.
     """
-    ranks, replicas = layout.dp_shard * layout.sequence_size, layout.dp_replicate
+    ranks, network = layout.dp_shard * layout.sequence_size, networks[passes[0].passes.role]
     forwards = sum(p.passes.mean for p in passes)
-    graphs = sum(p.passes.mean for p in passes if p.passes.gradient != "none")
-    reductions = min(1.0, sum(p.passes.mean for p in passes if p.passes.gradient == "weights"))
+    to_input, to_weights = (sum(p.passes.mean for p in passes if p.passes.gradient == g) for g in ("input", "weights"))
+    graphs = to_input + to_weights
     gathers = forwards + graphs
     whole = gathers if knobs.kept_on is None else min(gathers, 1.0)
     blocks = network.blocks_shard
-    own = knobs.compute_bytes * ((forwards + min(1.0, graphs)) * network.root.shard + whole * blocks)
+    own = knobs.compute_bytes * ((forwards + to_input + min(1.0, to_weights)) * network.root.shard + whole * blocks)
     kept_on = knobs.kept_on or 1
     return {
         "all-gather": own * (ranks - 1),
         "all-gather again": knobs.compute_bytes * (gathers - whole) * ranks * blocks * (1 - 1 / kept_on),
         "host copy": own if knobs.teacher_offload and passes[0].passes.role == "teacher" else 0.0,
+    }
+
+
+def _reduction(phase: PlannedPhase, network: Network, layout: Layout) -> dict[str, float]:
+    """What FSDP sends to reduce a micro-batch's gradients of what the phase trains: where several graphs add to them,
+    when the last has."""
+    ranks, replicas = layout.dp_shard * layout.sequence_size, layout.dp_replicate
+    reductions = min(1.0, sum(p.passes.mean for p in phase.passes if p.passes.gradient == "weights"))
+    return {
         "reduce-scatter": FLOAT32 * reductions * (ranks - 1) * network.expert_shard,
         "all-reduce": FLOAT32 * reductions * 2 * (replicas - 1) / replicas * network.expert_shard,
     }

@@ -13,21 +13,28 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
+from sgmd_dist.adapters import base_parameters
 from sgmd_dist.objectives._distillation import Distillation
 from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
 from sgmd_dist.planner.machine import Machine
 from sgmd_dist.planner.plan import make_plan
 from sgmd_dist.recipe_file import load_recipe
-from sgmd_dist.roles import Roles
+from sgmd_dist.roles import Role, Roles
 from sgmd_dist.trainer import Trainer
 
 ONE_UNIT = "data.global_batch_size=12"
+ADAPTERS = ["model.generator.lora.rank=3", "model.fake_score.lora.rank=2"]
 NO_CHANCE = "objective.student_steps=1"  # one exit: what a step sends is one number
 
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
     local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
     return sum(t.numel() * t.element_size() for t in local)
+
+
+def own_parameters(role: Role) -> Iterable[torch.Tensor]:
+    """What is the role's own: its adapter, or its network, on which adapters of other roles may hang."""
+    return (role.parameters if role.adapter else base_parameters(role.module)).values()
 
 
 def state_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, dict[str, int]]:
@@ -46,11 +53,11 @@ def state_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, dict[str, 
         trainer.train_step()
         found = {
             name: {
-                "parameters": local_bytes(role.module.parameters()),
+                "parameters": local_bytes(own_parameters(role)),
                 "gradients": gradients.get(name, 0),
                 "moments": sum(local_bytes(s.values()) for s in role.optimizer.state.values()) if role.optimizer else 0,
                 "ema": local_bytes(role.ema.shadow.values()) if role.ema else 0,
-                "buffers": local_bytes(role.module.buffers()),
+                "buffers": local_bytes(role.module.buffers()) if role.adapter is None else 0,
             }
             for name, role in trainer.roles.items()
         }
@@ -59,7 +66,10 @@ def state_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, dict[str, 
     return found
 
 
-@pytest.mark.parametrize("world_size, overrides", [(2, []), (4, ["parallel.dp_replicate=2"]), (4, [])])
+@pytest.mark.parametrize(
+    "world_size, overrides",
+    [(2, []), (4, ["parallel.dp_replicate=2"]), (4, []), (4, ADAPTERS), (2, [*ADAPTERS, "model.fake_score.lora=null"])],
+)
 def test_state_bytes_of_the_fullest_rank_are_exact(recipe_path: Path, world_size: int, overrides: list[str]) -> None:
     """Tables of one row and widths that do not divide: some ranks hold more of a tensor than others."""
     ranks = run_ranks(world_size, state_bytes, recipe_path, overrides)
@@ -99,6 +109,7 @@ def sent_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, float]:
         (4, [NO_CHANCE, "parallel.dp_replicate=2", "objective.inner_sample=reuse", "objective.guidance=separate"]),
         (2, ["objective={name: sgmd, student_steps: 2, diversity: {weight: 0.1, steps: 2}}"]),
         (2, ["objective={name: dmd2, student_steps: 1, fake_updates: 2}"]),
+        (4, [NO_CHANCE, *ADAPTERS]),
     ],
 )
 def test_what_fsdp_sends_in_a_step_is_exact(recipe_path: Path, world_size: int, overrides: list[str]) -> None:
@@ -130,6 +141,7 @@ def passes_by_exit(recipe_path: Path, overrides: list[str], exits: list[int]) ->
         (["objective.inner_sample=fresh", "parallel.activation_checkpointing=block"], 17.0),
         (["objective.inner_sample=reuse", "parallel.activation_checkpointing=block"], 14.5),
         (["objective={name: dmd2, fake_updates: 2, guidance_scale: 1.0}"], None),
+        ([*ADAPTERS, "parallel.activation_checkpointing=block"], None),
         (["objective={name: sgmd, student_steps: 3, guidance: separate, diversity: {weight: 0.1, steps: 2}}"], None),
     ],
 )
