@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from sgmd_dist.assemble import build_objective
 from sgmd_dist.errors import UserError
 from sgmd_dist.planner.machine import Machine
 from sgmd_dist.planner.plan import Plan, make_plan
@@ -12,6 +13,7 @@ from sgmd_dist.recipe import Recipe
 
 _MAX_NODES = 1024
 _MAX_RING = 16
+_LORA_RANK = 64
 _NOTABLE = 0.01  # share of the peak that a change must save to be named
 
 
@@ -104,6 +106,8 @@ def apply(settings: tuple[str, ...], recipe: Recipe, machine: Machine) -> tuple[
         *path, last = key.split(".")
         section = data
         for part in path:
+            if section[part] is None:
+                section[part] = {}
             section = section[part]
         section[last] = int(value) if value.isdecimal() else {"true": True, "false": False}.get(value, value)
     try:
@@ -153,6 +157,12 @@ def _replicas(recipe: Recipe, machine: Machine) -> Iterator[tuple[str, ...]]:
         yield ("parallel.dp_replicate=1",)
 
 
+def _adapters(recipe: Recipe, machine: Machine) -> Iterator[tuple[str, ...]]:
+    roles = [role for role, trained in build_objective(recipe).roles.items() if trained]
+    if not any(recipe.model.lora_of(role) for role in roles):
+        yield tuple(f"model.{role}.lora.rank={_LORA_RANK}" for role in roles)
+
+
 def _nodes(recipe: Recipe, machine: Machine) -> Iterator[tuple[str, ...]]:
     nodes = 2 * machine.nodes
     while nodes <= _MAX_NODES:
@@ -168,5 +178,6 @@ _KNOBS = (
     _Knob(_offload, "the teacher's shards come from the host for each pass"),
     _Knob(_ulysses, "all-to-alls in every block, fewer videos at once"),
     _Knob(_ring, "keys travel from rank to rank in every block, fewer videos at once"),
+    _Knob(_adapters, "adapters on one shared base in the place of whole networks: what they can learn is less"),
     _Knob(_nodes, "more GPUs"),
 )

@@ -148,3 +148,14 @@ def test_a_tiny_recipe_is_planned_on_one_gpu(tiny_recipe: MakeRecipe) -> None:
     plan = make_plan(tiny_recipe(), Machine(1, 1, 1))
     assert plan.fits and plan.flows == ()
     assert "Communication: none" in table(plan, None)
+
+
+def test_adapters_are_advised_where_state_is_too_much() -> None:
+    """14B on one node of 40 GB: of the knobs that leave the machine as it is, they save most of what stays on a GPU."""
+    recipe, machine = shipped("sgmd"), Machine(1, 8, 40)
+    changes = {change.settings: change.plan for change in advise(recipe, machine).changes}
+    plan = changes["model.generator.lora.rank=64", "model.fake_score.lora.rank=64"]
+    start = make_plan(recipe, machine)
+    resident, before = (sum(role.resident for role in each.roles) for each in (plan, start))
+    base = next(role for role in plan.roles if role.role == "teacher")
+    assert base.num_parameters == 14_288_491_584 and resident < before / 8
