@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from sgmd_dist import flow
 from sgmd_dist.adapters import Switch, adapter_parameters
@@ -52,6 +51,19 @@ class Call(NamedTuple):
         """
         backward = int(self.for_input or self.for_weights) + int(self.for_weights)
         return self.shape[0] * (1 + backward + int(backward > 0 and recomputes))
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW whose arithmetic runs on this rank's shards. Its state is sharded as the parameters are.
+
+    The update is elementwise, and on DTensors most of a small network's would be spent on their bookkeeping.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:  # parameters, gradients, moments, steps: what `step` hands to the kernel
+            tensors[:] = _local(tensors)
+        return has_complex
 
 
 class Role:
@@ -116,7 +128,7 @@ class Role:
     def add_optimizer(self, section: AdamWSection) -> None:
         """Make the role trainable with AdamW on its (sharded) parameters."""
         self._lr = section
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = ShardedAdamW(
             self.parameters.values(),
             lr=section.lr.at(0),
             betas=section.betas,
@@ -133,8 +145,9 @@ class Role:
         """
         for unit in self._units:
             unit.reshard()
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(value)
+        if value != self.is_training:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(value)
 
     def step(self, step: int, max_grad_norm: float, lr_factor: float) -> Tensor:
         """Clip, update the weights, clear the gradients; returns the gradient norm before clipping (a scalar).
@@ -217,12 +230,23 @@ class Roles(Mapping[str, Role]):
 
 @torch.no_grad()
 def _clip(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """As `torch.nn.utils.clip_grad_norm_`, with one reduction of the norm and no DTensor in the scaling."""
-    norm = get_total_norm(gradients)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    """As `torch.nn.utils.clip_grad_norm_`, on this rank's shards and with one reduction of the norm."""
+    norm = _total_norm(gradients)
     if max_norm:
         torch._foreach_mul_(_local(gradients), (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients, which are sharded alike or not at all."""
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(_local(gradients))))
+    first = gradients[0]
+    if not isinstance(first, DTensor):
+        return norm
+    parts = [Partial() if isinstance(placement, Shard) else placement for placement in first.placements]
+    return DTensor.from_local(norm**2, first.device_mesh, parts).full_tensor().sqrt()
 
 
 @torch.no_grad()
