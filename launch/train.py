@@ -89,13 +89,13 @@ def _dry_run(args: argparse.Namespace) -> int:
     from sgmd_dist.recipe_file import load_recipe
 
     size = args.world_size or world_size()
-    load_recipe(args.recipe, args.overrides).layout(size)  # what is wrong is said before any process starts
+    planned = dryrun.planned_bytes(load_recipe(args.recipe, args.overrides), size)  # says what is wrong with the recipe
     if args.rank is not None and args.rank >= size:
         raise UserError(f"--rank {args.rank}: there are {size} ranks; give one from 0 to {size - 1}, or --world-size")
     ranks = dryrun.chosen_ranks(size) if args.rank is None else [args.rank]
     traces = dryrun.dry_run(args.recipe, args.overrides, size, ranks)
     dryrun.check_equal(traces)
-    print("\n".join(dryrun.report(traces, size)), flush=True)
+    print("\n".join(dryrun.report(traces, size, planned)), flush=True)
     return 0
 
 

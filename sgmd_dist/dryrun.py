@@ -39,6 +39,8 @@ from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
 from sgmd_dist.objectives.base import Phase, StepState
 from sgmd_dist.parallel.mesh import Mesh, build_mesh
+from sgmd_dist.planner.machine import Machine
+from sgmd_dist.planner.plan import make_plan
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.rng import SampleId
@@ -147,8 +149,21 @@ def check_equal(traces: Sequence[RankTrace]) -> None:
         )
 
 
-def report(traces: Sequence[RankTrace], world_size: int) -> list[str]:
-    """Collectives of the last step and bytes at the peak of its phases, largest of the traced ranks; a line each."""
+def planned_bytes(recipe: Recipe, world_size: int) -> int:
+    """The peak that the planner expects of a run on CPUs, where torch has no kernel for norms.
+
+    Raises:
+        UserError: the recipe does not fit so many ranks, or its architecture is not known.
+    """
+    return make_plan(recipe, Machine(1, world_size, gpu_memory=0.0, fused_norms=False)).peak_bytes
+
+
+def report(traces: Sequence[RankTrace], world_size: int, planned: int) -> list[str]:
+    """Collectives of the last step and bytes at the peak of its phases, largest of the traced ranks; a line each.
+
+    Args:
+        planned: the planner's peak of the whole step, in bytes.
+    """
     ranks = ", ".join(str(t.rank) for t in traces)
     slowest = max(t.seconds for t in traces)
     lines = [f"dry run     {STEPS} steps on {world_size} ranks, as rank {ranks} sees them, {slowest:.0f} s at most"]
@@ -160,6 +175,7 @@ def report(traces: Sequence[RankTrace], world_size: int) -> list[str]:
         largest = max(parts, key=lambda part: part.peak_bytes)
         numbers = [*(largest.peak[category] for category in CATEGORIES), largest.peak_bytes]
         lines.append(f"  {largest.name:<28} {' '.join(f'{number / GIB:12.3f}' for number in numbers)}")
+    lines.append(f"planned     {planned / GIB:.3f} GiB at the peak, by launch/plan.py's formulas for a CPU")
     return lines
 
 

@@ -30,6 +30,8 @@ from sgmd_dist.metrics import Timer
 from sgmd_dist.models.base import LatentShape
 from sgmd_dist.objectives.base import Phase, StepState
 from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
+from sgmd_dist.planner.machine import Machine
+from sgmd_dist.planner.plan import make_plan
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.roles import Call, Role
 from sgmd_dist.trainer import Trainer
@@ -57,7 +59,7 @@ class StepReport:
     sample_passes: forwards, recomputations and both kinds of backward per sample and step.
     model_tflops: multiply-adds of the passes, recomputation not counted, per second and rank.
     mfu: that over the card's bfloat16 peak; None where that is not known.
-    peak_bytes: of one rank, as `peak_is` says. planned_bytes: what the planner expects; None where nobody asked.
+    peak_bytes: of one rank, as `peak_is` says. planned_bytes: what the planner expects.
     """
 
     recipe: str
@@ -75,7 +77,7 @@ class StepReport:
     mfu: float | None
     peak_bytes: int
     peak_is: str
-    planned_bytes: int | None = None
+    planned_bytes: int
     machine: dict[str, str] = field(default_factory=machine)
 
     @property
@@ -104,7 +106,7 @@ class StepReport:
             lines.append(self._line(name, getattr(self, f"{name}_s")))
         rates = f"{self.tokens_per_s:.0f} tokens/s, {self.model_tflops:.3f} TFLOP/s of a rank"
         mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%}"
-        planned = "" if self.planned_bytes is None else f", planned {self.planned_bytes / 2**30:.3f} GiB"
+        planned = f", planned {self.planned_bytes / 2**30:.3f} GiB"
         return "\n".join(
             [
                 *lines,
@@ -250,11 +252,16 @@ class MeasuredTrainer(Trainer):
             model_tflops=model_tflops,
             mfu=None if peak_tflops is None else model_tflops / peak_tflops,
             peak_bytes=peak_bytes,
+            planned_bytes=self._planned_bytes(),
             peak_is="max_memory_allocated" if self.mesh.device.type == "cuda" else "growth of the resident set",
         )
 
     def _name(self, role: str, call: Call) -> str:
         return f"{role} (expert {call.expert})" if self.roles[role].boundaries else role
+
+    def _planned_bytes(self) -> int:
+        machine = Machine(1, self.mesh.layout.world_size, 0.0, fused_norms=self.mesh.device.type == "cuda")
+        return make_plan(self.recipe, machine).peak_bytes
 
     def _num_tokens(self, calls: Mapping[tuple[str, Call], int]) -> float:
         """Tokens of a video, mean over the calls."""
