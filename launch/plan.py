@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sgmd_dist.errors import positive_float, positive_int, reports_user_errors
+from sgmd_dist.errors import natural_int, positive_float, positive_int, reports_user_errors
 
 
 @reports_user_errors
@@ -31,7 +31,7 @@ def main() -> int:
         help="GB/s that a GPU sends inside a node and across nodes; default: 300/40",
     )
     parser.add_argument(
-        "--step", type=int, default=0, help="optimizer step to plan, where schedules change; default: 0"
+        "--step", type=natural_int, default=0, help="optimizer step to plan, where schedules change; default: 0"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     args = parser.parse_intermixed_args()

@@ -40,6 +40,8 @@ def main() -> int:
     parser.add_argument("--rank", type=natural_int, help="--dry-run as this rank alone, and compare none")
     args = parser.parse_intermixed_args()
     if args.inspect_checkpoint is not None:
+        if args.recipe is not None or args.world_size is not None:
+            parser.error("--inspect-checkpoint takes no recipe and no --world-size")
         return _inspect(args.inspect_checkpoint)
     if args.recipe is None:
         parser.error("the following arguments are required: recipe")

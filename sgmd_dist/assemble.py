@@ -181,6 +181,8 @@ def _fill_as_planned(module: nn.Module, plan: NetworkPlan, seed: int) -> None:
     for name, lora in plan.loras.items():
         count = fill(adapters.adapter_parameters(module, name), partial(adapters.initial_value, name, seed=seed))
         logger.info("{}: {} tensors of a new adapter, rank {}, scale {:g}", name, count, lora.rank, lora.scale)
+    if plan.loras and not plan.model.weight_files():
+        logger.warning("adapters on random weights learn nothing where the last layer is zero: set model.pretrained")
 
 
 def _fill_with_weights(parameters: Mapping[str, Tensor], model: VideoModel, seed: int) -> Loaded | None:

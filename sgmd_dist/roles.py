@@ -37,12 +37,14 @@ class Call(NamedTuple):
     """A kind of call of a network: latents of `shape` `[B, C, F, H, W]`, and what its backward pass gives gradients to.
 
     Without either there is no graph. `expert` numbers the network that ran, from the lowest noise levels up.
+    `trains_adapter`: the backward pass is one through the inputs, with an adapter's gradients on the way.
     """
 
     shape: tuple[int, ...]
     for_input: bool
     for_weights: bool
     expert: int = 0
+    trains_adapter: bool = False
 
     def passes(self, *, recomputes: bool) -> int:
         """Sample-passes that the call leads to: forward 1, recompute 1, input and weight gradients 1 each.
@@ -106,10 +108,11 @@ class Role:
     def _kind_of(self, x_sigma: Tensor, level: float | None) -> Call:
         """An adapter's weight gradients are too small to count: its backward pass is one through the base's inputs."""
         has_graph = torch.is_grad_enabled()
-        is_training, has_adapter = has_graph and self.is_training, self.adapter is not None
-        for_input = has_graph and x_sigma.requires_grad or is_training and has_adapter
+        is_training = has_graph and self.is_training
+        trains_adapter = is_training and self.adapter is not None
+        for_input = has_graph and x_sigma.requires_grad or trains_adapter
         expert = 0 if level is None else sum(flow.reaches(level, boundary) for boundary in self.boundaries)
-        return Call(tuple(x_sigma.shape), for_input, is_training and not has_adapter, expert)
+        return Call(tuple(x_sigma.shape), for_input, is_training and not trains_adapter, expert, trains_adapter)
 
     def passes(self) -> int:
         """Sample-passes that the calls so far lead to, those of their backward passes included."""

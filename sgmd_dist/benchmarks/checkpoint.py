@@ -25,6 +25,7 @@ BUDGET = 0.10  # of a synchronous save's stall
 _NUM_QUIET_STEPS = 5
 _PARAMETERS_PER_BLOCK = 16.8e6  # of a Wan of width 1024
 _HEAD = ("mode", "stall s", "total s", "GB", "GB/s", "step s", "lost s")
+_LEVEL = 0.5  # the noise level of the training steps
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _step(roles: Roles, mesh: Mesh, before_write: Callable[[], None] = lambda: N
     """A training step in small: forward, backward and optimizer step of every trained role."""
     for role in roles.trained:
         roles.train_only(role.name)
-        role(*_inputs(role, mesh)).square().mean().backward()
+        role(*_inputs(role, mesh), _LEVEL).square().mean().backward()
         before_write()
         roles.step(role.name, 0)
     roles.train_only(None)
@@ -180,7 +181,7 @@ def _inputs(role: Role, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor, torch.T
     channels, frames, height, width = role.model.smallest_latents()
     x = torch.ones(1, channels, frames, 8 * height, 8 * width, device=mesh.device)
     text = torch.ones(1, 32, role.model.text_dim(), device=mesh.device)
-    return x, torch.full((1,), 0.5, device=mesh.device), text
+    return x, torch.full((1,), _LEVEL, device=mesh.device), text
 
 
 def _timed(function: Callable[[], object]) -> float:

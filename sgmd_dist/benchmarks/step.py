@@ -198,7 +198,7 @@ class MeasuredTrainer(Trainer):
     def _repeat_bare(self, made: Mapping[tuple[str, Call], int], bare: Mapping[tuple[str, Call], list[Timer]]) -> None:
         for (name, call), count in made.items():
             role = self.roles[name]
-            self.roles.train_only(name if call.for_weights else None)
+            self.roles.train_only(name if call.for_weights or call.trains_adapter else None)
             inputs = self._inputs(role, call)
             cotangent = torch.randn(call.shape, device=self.mesh.device)
             dist.barrier()

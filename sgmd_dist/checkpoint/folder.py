@@ -104,7 +104,10 @@ def read_meta(checkpoint: Path) -> Meta:
         if digest is not None and digest != _digest_of(content):
             raise ValueError("its content is not what was saved")
         meta = Meta(**content)
-        if not isinstance(meta.step, int) or set(meta.num_tensors) != set(meta.checksums):
+        parts = (meta.stream, meta.num_tensors, meta.checksums, meta.versions, meta.digests, meta.layout)
+        if not isinstance(meta.step, int) or not all(isinstance(part, dict) for part in parts):
+            raise ValueError("its fields are of other types")
+        if set(meta.num_tensors) != set(meta.checksums):
             raise ValueError("its fields do not fit each other")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(
@@ -153,9 +156,7 @@ def unfit(checkpoint: Path, why: str) -> UserError:
 
 def damaged(checkpoint: Path, why: str) -> DamagedCheckpoint:
     """The error for a checkpoint whose files changed."""
-    return DamagedCheckpoint(
-        f"{checkpoint}: is damaged: {why}; remove this folder to continue from the checkpoint before it"
-    )
+    return DamagedCheckpoint(f"{checkpoint}: is damaged: {why}; use another checkpoint")
 
 
 def commit(aside: Path, final: Path) -> None:

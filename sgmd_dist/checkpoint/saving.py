@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from loguru import logger
@@ -74,7 +75,7 @@ class Saver:
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self._group: dist.ProcessGroup | None = group
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", *_on_this_device())
         self._staging = Staging()
         self._staged: Future[Tree] | None = None
         self._written: Future[Path] | None = None
@@ -136,6 +137,13 @@ class Saver:
             logger.error("{}", error)
         self._thread.shutdown()
         self._group = None
+
+
+def _on_this_device() -> tuple[Callable[..., None], tuple[Any, ...]] | tuple[None, tuple[()]]:
+    """What a new thread has to do first: CUDA's current device is the thread's own, and begins as the first one."""
+    if not torch.cuda.is_available():
+        return None, ()
+    return torch.cuda.set_device, (torch.cuda.current_device(),)
 
 
 def save(run_dir: Path, roles: Roles, *, step: int, stream: dict[str, Any], recipe: str, keep: int) -> Path:

@@ -84,10 +84,24 @@ def parallelize(
     for network in networks:
         blocks = model.blocks(network)
         for block in blocks:
-            shard(block, reshard_after_forward=section.reshard_after_forward)
+            _shard_block(block, shard, section.reshard_after_forward, first=model.blocks(networks[0])[0])
         shard(network, reshard_after_forward=True)
         _prefetch(network, blocks, section.forward_prefetch, section.backward_prefetch)
     return module
+
+
+def _shard_block(block: Any, shard: Callable[..., Any], reshard: bool | int, *, first: Any) -> None:
+    """Shard a block. Where it is to lie on a few ranks after its forward pass, it shares the process groups of `first`.
+
+    FSDP2 makes groups of its own for each block: on a GPU, hundreds of communicators.
+    """
+    if isinstance(reshard, bool) or block is first:
+        shard(block, reshard_after_forward=reshard)
+        return
+    shard(block, reshard_after_forward=True)
+    group, shared = (each._get_fsdp_state()._fsdp_param_group for each in (block, first))
+    for owner in (group, *group.fsdp_params):
+        owner.post_forward_mesh_info = shared.post_forward_mesh_info
 
 
 def share_streams(roots: Iterable[nn.Module]) -> None:

@@ -14,6 +14,7 @@ from sgmd_dist.recipe import Recipe
 _MAX_NODES = 1024
 _MAX_RING = 16
 _LORA_RANK = 64
+_OFFLOADED = "parallel.teacher_offload=true"
 _NOTABLE = 0.01  # share of the peak that a change must save to be named
 
 
@@ -61,9 +62,12 @@ def advise(recipe: Recipe, machine: Machine, step: int = 0) -> Advice:
             continue
         singles.append(single)
         if single.plan.fits:
-            remedy = single
+            if remedy is None or not single.settings[0].startswith("--"):  # one knob before several, these before nodes
+                remedy = single
             break
         more = _try(knob, recipe, machine, together, settings, step)
+        if more is None and _OFFLOADED in settings:  # adapters keep the teacher on the GPU
+            more = _try(knob, recipe, machine, together, tuple(s for s in settings if s != _OFFLOADED), step)
         if more is not None and remedy is None:
             settings, together = more.settings, more.plan
             prices.append(knob.price)
@@ -135,7 +139,7 @@ def _guidance(recipe: Recipe, machine: Machine) -> Iterator[tuple[str, ...]]:
 
 def _offload(recipe: Recipe, machine: Machine) -> Iterator[tuple[str, ...]]:
     if recipe.resolved()["parallel"].get("teacher_offload") is False:
-        yield ("parallel.teacher_offload=true",)
+        yield (_OFFLOADED,)
 
 
 def _ulysses(recipe: Recipe, machine: Machine) -> Iterator[tuple[str, ...]]:

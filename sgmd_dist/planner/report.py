@@ -198,7 +198,9 @@ def _advice(plan: Plan, advice: Advice) -> str:
         lines += ["", "Nothing here makes it fit: take GPUs with more memory, or a smaller model or video."]
     else:
         peak = _gib(advice.remedy.plan.peak_bytes)
-        lines += ["", f"It fits with {' '.join(advice.remedy.settings)}: {peak} GiB; set the recipe so."]
+        fits = f"It fits with {' '.join(advice.remedy.settings)}: {peak} GiB"
+        is_machine = any(setting.startswith("--") for setting in advice.remedy.settings)
+        lines += ["", f"{fits}; run it so." if is_machine else f"{fits}; set the recipe so."]
     return "\n".join(lines)
 
 

@@ -54,3 +54,21 @@ def test_a_step_gathers_each_network_once_per_forward_and_once_per_backward(
         expected = UNITS * (without_graph + gathers_per_graph * with_graph)
     assert counts["c10d::_allgather_base_"] == expected
     assert counts["c10d::_reduce_scatter_base_"] == 2 * UNITS  # the generator's and the fake score's weights, once
+
+
+def count_groups(recipe_path: Path, overrides: list[str]) -> int:
+    recipe = load_recipe(recipe_path, ["data.global_batch_size=4", *overrides])
+    with process_group() as device:
+        trainer = Trainer(recipe, build_mesh(recipe.layout(world_size()), device))
+        count = len(torch.distributed.distributed_c10d._world.pg_map)
+        trainer.close()
+        del trainer
+    return count
+
+
+def test_blocks_that_are_gathered_again_from_a_few_ranks_share_process_groups(recipe_path: Path) -> None:
+    """Two of its own for each of three networks, however many blocks they have."""
+    whole, few = (
+        run_ranks(4, count_groups, recipe_path, [f"parallel.reshard_after_forward={value}"])[0] for value in ("true", "2")
+    )
+    assert few <= whole + 2 * 3

@@ -121,7 +121,7 @@ def test_the_only_checkpoint_where_it_is_damaged_is_named_and_not_trained_from(r
     middle = len(data) // 2
     data[middle : middle + 64] = bytes(64)
     shard.write_bytes(data)
-    with pytest.raises(RankError, match=r"DamagedCheckpoint: .*step-00000002: is damaged: .*; remove this folder"):
+    with pytest.raises(RankError, match=r"DamagedCheckpoint: .*step-00000002: is damaged: .*; use another checkpoint"):
         run_ranks(2, train, recipe_path, ["run.steps=4"])
 
 

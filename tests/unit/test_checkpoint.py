@@ -276,7 +276,7 @@ def test_damaged_tensors_are_one_short_message(
         lambda: checkpoint.load(saved, linear_roles()),
         lambda: checkpoint.load_tree(saved, "generator", shapes),
     ):
-        with pytest.raises(UserError, match=rf"{saved}: is damaged: .+; remove this folder") as error:
+        with pytest.raises(UserError, match=rf"{saved}: is damaged: .+; use another checkpoint") as error:
             read()
         assert "Traceback" not in str(error.value) and len(str(error.value)) < 600
 

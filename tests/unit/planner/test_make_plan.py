@@ -159,3 +159,10 @@ def test_adapters_are_advised_where_state_is_too_much() -> None:
     resident, before = (sum(role.resident for role in each.roles) for each in (plan, start))
     base = next(role for role in plan.roles if role.role == "teacher")
     assert base.num_parameters == 14_288_491_584 and resident < before / 8
+
+
+def test_adapters_are_combined_with_what_they_allow() -> None:
+    """Two GPUs of 48 GB cannot hold the state of 14B in full; adapters with shared videos fit, without an offload."""
+    advice = advise(shipped("sgmd"), Machine(1, 2, 48))
+    assert advice.remedy is not None and advice.remedy.plan.fits
+    assert "model.generator.lora.rank=64" in advice.remedy.settings and "--nodes" not in str(advice.remedy.settings)
