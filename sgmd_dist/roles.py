@@ -126,7 +126,8 @@ class Role:
     @property
     def is_training(self) -> bool:
         """True while this role's weights take gradients."""
-        return any(parameter.requires_grad for parameter in self.parameters.values())
+        first = next(iter(self.parameters.values()), None)  # all or none do
+        return first is not None and first.requires_grad
 
     def add_optimizer(self, section: AdamWSection) -> None:
         """Make the role trainable with AdamW on its (sharded) parameters."""
@@ -252,10 +253,12 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
     return DTensor.from_local(norm**2, first.device_mesh, parts).full_tensor().sqrt()
 
 
-@torch.no_grad()
 def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's shards, on which elementwise operations cost a fraction of what they do on DTensors."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    """This rank's shards, on which elementwise operations cost a fraction of what they do on DTensors.
+
+    Not by `to_local`, which makes a view for autograd: nothing here is differentiated.
+    """
+    return [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def lr_factor(section: LrScheduleSection, step: int, num_steps: int) -> float:

@@ -9,6 +9,7 @@ with gathering, recomputation and reduction. What a step does besides is reporte
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import resource
@@ -38,6 +39,7 @@ from sgmd_dist.trainer import Trainer
 
 BUDGET = 1.05  # step time over that of its passes
 WARM_UP_STEPS = 2
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}  # bfloat16, dense, by a part of the name
 
 
@@ -134,6 +136,8 @@ def run(recipe: Recipe, num_steps: int) -> StepReport:
     The run folder serves for the shards that sources make; nothing else in it is read or written.
     """
     with process_group() as device:
+        if device.type == "cpu":
+            _keep_freed_memory()
         trainer = MeasuredTrainer(recipe, build_mesh(recipe.layout(world_size()), device))
         try:
             return trainer.measure(num_steps)
@@ -312,6 +316,15 @@ def _ring_flops(q: Sequence[int], kv: Sequence[int], lengths: Sequence[int], *_:
 
 
 _FLOPS_OF = {torch.ops.sgmd_kernels.attention: _attention_flops, torch.ops.sgmd_dist.ring_attention: _ring_flops}
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory, as CUDA's allocator does: else a step, which holds several graphs at once, gives
+    memory back to the system and faults it in again, and a pass by itself does not."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes
 
 
 def _max_rss_bytes() -> int:
