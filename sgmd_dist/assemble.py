@@ -26,7 +26,6 @@ from sgmd_dist.rollout import Network
 
 Which = Literal["generator", "generator.ema", "fake_score"]
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _ONLY = "only"  # an adapter's name in a network that has no other
 
 
@@ -150,7 +149,8 @@ def networks_by_role(
 def build_meta_network(recipe: Recipe, mesh: Mesh, plan: NetworkPlan) -> nn.Module:
     """A network with its adapters, parallelized and still on the meta device."""
     with torch.device("meta"):
-        module = nn.Module.to(plan.model.build(), _DTYPES[plan.dtype])  # diffusers' `to` warns of what loading decides
+        # Not by diffusers' `to`, which warns of what loading decides.
+        module = nn.Module.to(plan.model.build(), getattr(torch, plan.dtype))
     for name, lora in plan.loras.items():
         adapters.inject(module, name, lora)
     return parallelize(
@@ -158,7 +158,7 @@ def build_meta_network(recipe: Recipe, mesh: Mesh, plan: NetworkPlan) -> nn.Modu
         plan.model,
         recipe.parallel,
         mesh=mesh,
-        compute_dtype=_DTYPES[recipe.model.compute_dtype],
+        compute_dtype=getattr(torch, recipe.model.compute_dtype),
         offload=is_offloaded(recipe, plan),
     )
 

@@ -39,7 +39,7 @@ from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
 from sgmd_dist.objectives.base import Phase, StepState
 from sgmd_dist.parallel.mesh import Mesh, build_mesh
-from sgmd_dist.planner.machine import Machine
+from sgmd_dist.planner.machine import GIB, Machine
 from sgmd_dist.planner.plan import make_plan
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import load_recipe
@@ -48,7 +48,6 @@ from sgmd_dist.stepper import Stepper
 from sgmd_dist.tracing import CATEGORIES, Collective, Part, Tracer
 
 STEPS = 2  # the optimizers' moments come to be in the first
-GIB = 2**30
 
 
 @dataclass(frozen=True)

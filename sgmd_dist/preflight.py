@@ -6,11 +6,12 @@ from sgmd_dist import resume
 from sgmd_dist.assemble import build_model, build_objective, plan_networks
 from sgmd_dist.data.sources import check_sources, latent_shape_of
 from sgmd_dist.errors import UserError
+from sgmd_dist.layout import Layout
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.parallel.sequence import Partition, Traffic, traffic
 from sgmd_dist.planner.machine import GIB, knobs_of
 from sgmd_dist.planner.weights import all_role_bytes, networks_of
-from sgmd_dist.recipe import Layout, Recipe
+from sgmd_dist.recipe import Recipe
 from sgmd_kernels.attention import AUTO, unfit_everywhere
 
 MIB = 2**20

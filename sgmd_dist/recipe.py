@@ -7,20 +7,20 @@ in `sgmd_dist/objectives` or `sgmd_dist/models`, whose `Section` class extends t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, create_model, field_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
 from sgmd_dist import registry
-from sgmd_dist.errors import UserError
+from sgmd_dist.layout import Layout, place
 from sgmd_dist.schedule import NonNegative, Positive, UnitInterval, constant
 from sgmd_dist.section import Section, wrong
 
 RoleName = Literal["teacher", "generator", "fake_score"]
 DType = Literal["bfloat16", "float32"]
+COLLECTIVE_TIMEOUT_S = 1800  # a rank that waits for data must give up before the others give it up
 AttentionBackend = Literal[
     "auto", "flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "flash", "efficient", "math"
 ]
@@ -167,8 +167,13 @@ class DataSection(Section):
     The last two are encoded once with `text_encoder` (default: model.pretrained), prompts for videos of `video`.
 
     `global_batch_size` is what one optimizer step sees on any number of ranks; `lanes` and `window` shape the
-    order (a lane is read front to back, shuffled inside windows). `on_error: skip` delivers an unreadable sample
-    with weight 0, at most `max_skips` times.
+    order (a lane is read front to back, shuffled inside windows). `weights` are the proportions in which the entries
+    of `shards` are mixed, instead of each sample once per epoch; `max_samples` uses so many samples of the data set.
+    `on_error: skip` delivers an unreadable sample with weight 0, at most `max_skips` times; before, a read that failed
+    for want of the network or the disk is repeated `retries` times, and given up after `read_timeout` seconds. `crc`
+    compares every sample with its checksum. Shards of pipe:, http(s):, s3:, gs: and hf: are kept whole in `cache`, a
+    folder on each node's disk (default: in the folder for temporary files), the least recently used given up beyond
+    `cache_gb` GB.
     """
 
     shards: str | list[str] = Field(
@@ -180,7 +185,14 @@ class DataSection(Section):
     max_skips: int = Field(default=0, ge=0)
     lanes: int = Field(default=64, ge=1)
     window: int = Field(default=1024, ge=1)
-    threads: int = Field(default=1, ge=1, le=8)
+    weights: list[Annotated[float, Field(gt=0)]] | None = None
+    max_samples: int | None = Field(default=None, ge=1)
+    retries: int = Field(default=4, ge=0, le=100)
+    read_timeout: float = Field(default=300.0, gt=0, lt=COLLECTIVE_TIMEOUT_S, description="seconds below 1800")
+    crc: bool = True
+    cache: str | None = None
+    cache_gb: float = Field(default=200.0, gt=0)
+    threads: int = Field(default=2, ge=1, le=8)
     text_encoder: str | None = None
     video: VideoSection | None = None
 
@@ -190,6 +202,13 @@ class DataSection(Section):
         if not shards or "" in shard_list(shards):
             raise PydanticCustomError("empty", "empty")
         return shards
+
+    @field_validator("weights")
+    @classmethod
+    def _one_each(cls, weights: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        if weights is not None and "shards" in info.data and len(weights) != len(shard_list(info.data["shards"])):
+            raise wrong(f"expected {len(shard_list(info.data['shards']))} numbers, one for each entry of data.shards")
+        return weights
 
 
 class ParallelSection(Section):
@@ -256,27 +275,6 @@ class LoggingSection(Section):
     tensorboard: bool = True
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a recipe lies on `world_size` ranks. `num_units` micro-batches make one optimizer step."""
-
-    world_size: int
-    dp_replicate: int
-    dp_shard: int
-    ring: int
-    ulysses: int
-    num_units: int
-    accumulation: int
-
-    @property
-    def dp_size(self) -> int:
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def sequence_size(self) -> int:
-        return self.ring * self.ulysses
-
-
 class Recipe(Section):
     """A whole run. Build it with `sgmd_dist.recipe_file.load_recipe`."""
 
@@ -295,73 +293,11 @@ class Recipe(Section):
         Raises:
             UserError: ranks, batch sizes or exit groups do not divide; the message has the numbers.
         """
-        dp_shard = self._dp_shard(world_size)
-        self._check_reshard(dp_shard * self.parallel.ring * self.parallel.ulysses)
-        dp_size = self.parallel.dp_replicate * dp_shard
-        num_units = self._units_per_step(dp_size)
-        return Layout(
-            world_size=world_size,
-            dp_replicate=self.parallel.dp_replicate,
-            dp_shard=dp_shard,
-            ring=self.parallel.ring,
-            ulysses=self.parallel.ulysses,
-            num_units=num_units,
-            accumulation=num_units // dp_size,
-        )
-
-    def _dp_shard(self, world_size: int) -> int:
-        axes = self.parallel
-        others = axes.dp_replicate * axes.ring * axes.ulysses
-        product = f"dp_replicate {axes.dp_replicate} x ring {axes.ring} x ulysses {axes.ulysses}"
-        if axes.dp_shard == -1:
-            if world_size < 1 or world_size % others:
-                name = next((n for n in ("ulysses", "ring") if getattr(axes, n) > 1), "dp_replicate")
-                raise UserError(
-                    f"parallel.{name} = {getattr(axes, name)}: {world_size} ranks are not a multiple of {product}"
-                    f" = {others}; start a multiple of {others} ranks or change these axes"
-                )
-            return world_size // others
-        if axes.dp_shard * others != world_size:
-            raise UserError(
-                f"parallel.dp_shard = {axes.dp_shard}: {product} x dp_shard {axes.dp_shard} makes"
-                f" {axes.dp_shard * others} ranks, not {world_size}; set it to -1 (the rest) or start"
-                f" {axes.dp_shard * others} ranks"
-            )
-        return axes.dp_shard
-
-    def _check_reshard(self, shard_size: int) -> None:
-        ranks = self.parallel.reshard_after_forward
-        if not isinstance(ranks, bool) and (shard_size % ranks or ranks == shard_size):
-            raise UserError(
-                f"parallel.reshard_after_forward = {ranks}: parameters lie over dp_shard x ring x ulysses ="
-                f" {shard_size} ranks; expected a smaller divisor of that, as the number of GPUs of a node, true or"
-                " false"
-            )
-
-    def _units_per_step(self, dp_size: int) -> int:
-        batch, micro = self.data.global_batch_size, self.data.micro_batch_size
-        if batch % (micro * dp_size):
-            raise UserError(
-                f"data.global_batch_size = {batch} is not a multiple of data.micro_batch_size {micro} x data-parallel"
-                f" size {dp_size} = {micro * dp_size}; {_nearest_multiple(batch, micro * dp_size)}"
-            )
-        num_units, groups = batch // micro, self.objective.exit_groups
-        if num_units % groups or (num_units // groups) % dp_size:
-            raise UserError(
-                f"objective.exit_groups = {groups}: the {num_units} micro-batches of a step must split into {groups}"
-                f" equal groups, each a multiple of the data-parallel size {dp_size}; choose a divisor of"
-                f" {num_units // dp_size}"
-            )
-        return num_units
+        return place(self, world_size)
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, in plain types: what is written to the run folder."""
         return self.model_dump(mode="json", by_alias=True)
-
-
-def _nearest_multiple(value: int, factor: int) -> str:
-    lower = value // factor * factor
-    return f"set it to {lower + factor}" if lower == 0 else f"set it to {lower} or {lower + factor}"
 
 
 def recipe_class(plugins: dict[str, str]) -> type[Recipe]:

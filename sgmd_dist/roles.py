@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from sgmd_dist import flow
 from sgmd_dist.adapters import Switch, adapter_parameters
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.recipe import AdamWSection, LrScheduleSection, OptimSection
+from sgmd_dist.shard import local
 
 WARM_UP_TOKENS = 1
 
@@ -29,7 +30,7 @@ class Ema:
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         """shadow <- decay shadow + (1 - decay) parameters, which are those that the shadow was made of."""
-        shadows, values = (_local(tensors.values()) for tensors in (self.shadow, parameters))
+        shadows, values = ([*map(local, tensors.values())] for tensors in (self.shadow, parameters))
         torch._foreach_lerp_(shadows, values, 1 - decay)
 
 
@@ -64,7 +65,7 @@ class ShardedAdamW(torch.optim.AdamW):
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:  # parameters, gradients, moments, steps: what `step` hands to the kernel
-            tensors[:] = _local(tensors)
+            tensors[:] = map(local, tensors)
         return has_complex
 
 
@@ -237,7 +238,7 @@ def _clip(gradients: list[Tensor], max_norm: float) -> Tensor:
     """As `torch.nn.utils.clip_grad_norm_`, on this rank's shards and with one reduction of the norm."""
     norm = _total_norm(gradients)
     if max_norm:
-        torch._foreach_mul_(_local(gradients), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([*map(local, gradients)], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
@@ -245,20 +246,12 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients, which are sharded alike or not at all."""
     if not gradients:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(_local(gradients))))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([*map(local, gradients)])))
     first = gradients[0]
     if not isinstance(first, DTensor):
         return norm
     parts = [Partial() if isinstance(placement, Shard) else placement for placement in first.placements]
     return DTensor.from_local(norm**2, first.device_mesh, parts).full_tensor().sqrt()
-
-
-def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's shards, on which elementwise operations cost a fraction of what they do on DTensors.
-
-    Not by `to_local`, which makes a view for autograd: nothing here is differentiated.
-    """
-    return [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def lr_factor(section: LrScheduleSection, step: int, num_steps: int) -> float:

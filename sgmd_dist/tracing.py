@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgmd_dist.parallel.mesh import process_group_of
+from sgmd_dist.shard import local
 
 Category = Literal["parameters", "gradients", "optimizer", "ema", "gathered", "activations", "host"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)[:-1]  # on the device
@@ -121,8 +122,7 @@ class Tracer(TorchDispatchMode):
     def assign(self, category: Category, tensors: Iterable[Tensor]) -> None:
         """Count the storages of `tensors` under `category` from now on; those of `host` count for nothing."""
         for tensor in tensors:
-            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-            self._count(local.untyped_storage(), category, move=True)
+            self._count(local(tensor).untyped_storage(), category, move=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF:  # the most frequent by far: answered here, it costs a fifth

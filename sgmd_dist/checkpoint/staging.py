@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sgmd_dist.checkpoint.state import Tree, local
+from sgmd_dist.checkpoint.state import Tree
+from sgmd_dist.shard import local
 
 
 class Staging:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from sgmd_dist.checksum import bits, wrap
 from sgmd_dist.roles import Role, Roles
+from sgmd_dist.shard import counts_here, local
 
 Tree = dict[str, dict[str, Tensor]]  # "generator", "generator.optimizer", "generator.ema", ... -> name -> tensor
 
@@ -40,11 +40,6 @@ def _optimizer_tensors(role: Role) -> dict[str, Tensor]:
     return tensors
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def checksums(tree: Tree) -> dict[str, int]:
     """Per tree, the sum over all elements of their bits as integers, modulo 2^64: equal for every sharding.
 
@@ -59,7 +54,7 @@ def checksums(tree: Tree) -> dict[str, int]:
 def local_checksums(tree: Tree) -> dict[str, int]:
     """This rank's summands of `checksums`: each slice counts on one of the ranks that hold it."""
     return {
-        name: wrap(sum(_on_host(bits(local(tensor)) for tensor in part.values() if _counts_here(tensor))))
+        name: wrap(sum(_on_host(bits(local(tensor)) for tensor in part.values() if counts_here(tensor))))
         for name, part in tree.items()
     }
 
@@ -74,16 +69,6 @@ def is_finite(tree: Tree) -> bool:
         if local(tensor).numel() and tensor.is_floating_point()
     )
     return all(_on_host(extremes))
-
-
-def _counts_here(tensor: Tensor) -> bool:
-    """True on one rank of those that hold the same slice."""
-    if not isinstance(tensor, DTensor):
-        return not dist.is_initialized() or dist.get_rank() == 0
-    mesh = tensor.device_mesh
-    return all(
-        isinstance(placement, Shard) or mesh.get_local_rank(dim) == 0 for dim, placement in enumerate(tensor.placements)
-    )
 
 
 def _on_host(scalars: Iterable[Tensor]) -> list[int]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sgmd_dist.data.format import CorruptSample, TensorSpan, safetensors_header_bytes, safetensors_layout
-from sgmd_dist.data.shards import ShardIndex
+from sgmd_dist.data.index import ShardIndex
 
 THREAD_NAME_PREFIX = "shard-reader"
 _HEAD_BYTES = 2048  # a header of two tensors takes some 200 bytes; a longer one is read again

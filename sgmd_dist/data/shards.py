@@ -1,4 +1,4 @@
-"""Shards: plain webdataset tars with an index beside them: their writer, and the index that readers open.
+"""Shards: plain webdataset tars with an index beside them: their writer.
 
     <folder>/shard-000000.tar + shard-000000.index.json, ..., index.json, negative_prompt.safetensors
 
@@ -15,60 +15,26 @@ what it describes: whatever is visible is whole. To write a data set:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-import braceexpand
-import numpy as np
 import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from webdataset.writer import TarWriter
 
-from sgmd_dist.data.format import (
-    INDEX_VERSION,
-    NEGATIVE_PROMPT_NAME,
-    TENSORS_SUFFIX,
-    CorruptSample,
-    ShardRecord,
-    build_index,
-    check_key,
-    consolidate_call,
-    list_tars,
-    parse_safetensors,
-    read_json,
-    read_negative_prompt,
-    sidecar_path,
-    sidecar_record,
-    tar_members,
-    write_negative_prompt,
-)
+from sgmd_dist.data.format import TENSORS_SUFFIX, check_key
+from sgmd_dist.data.record import ShardRecord, sidecar_path, tar_members
 from sgmd_dist.durable import publish, write_durably
 from sgmd_dist.errors import UserError
 
-__all__ = [
-    "CorruptSample",
-    "ShardIndex",
-    "ShardRecord",
-    "ShardWriter",
-    "build_index",
-    "consolidate",
-    "parse_safetensors",
-    "read_negative_prompt",
-    "write_negative_prompt",
-]
-
-INDEX_NAME = "index.json"
 _RESERVED_JSON = ("bucket", "latent_shape")
 
-LatentShape = tuple[int, int, int, int]
 PathLike = str | os.PathLike[str]
 
 
@@ -244,151 +210,3 @@ class ShardWriter:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
         self._tar, self._rows = None, []
-
-
-def consolidate(folder: PathLike) -> ShardIndex:
-    """Write `index.json` from the sidecars of all tars of `folder`, in the order of their names, and open it.
-
-    A tar without a sidecar is read and gets one (`build_index`). Raises `UserError` for a folder without tars, a tar
-    whose size differs from its sidecar's, and a key that occurs twice.
-    """
-    folder = Path(folder)
-    records: list[ShardRecord] = []
-    shard_of_key: dict[str, str] = {}
-    for tar_path in list_tars(folder):
-        sidecar = sidecar_path(tar_path)
-        if not sidecar.exists():
-            write_durably(sidecar, json.dumps(build_index(tar_path).to_json()).encode())
-        record = sidecar_record(tar_path)
-        for key in record.keys:
-            if key in shard_of_key:
-                raise UserError(f"{tar_path}: key '{key}' is in {shard_of_key[key]} too; give every sample its own key")
-            shard_of_key[key] = tar_path.name
-        records.append(record)
-    index = {"version": INDEX_VERSION, "shards": [record.to_json() for record in records]}
-    write_durably(folder / INDEX_NAME, json.dumps(index).encode())
-    return ShardIndex.open(os.fspath(folder))
-
-
-def _folder_records(folder: Path) -> list[tuple[Path, ShardRecord]]:
-    path = folder / INDEX_NAME
-    tars = {tar.name for tar in list_tars(folder)}
-    content = read_json(path, consolidate_call(folder))
-    shards = content.get("shards") if isinstance(content, dict) else None
-    if not isinstance(shards, list):
-        raise UserError(f"{path}: holds no list 'shards'; delete it and {consolidate_call(folder)}")
-    records = [ShardRecord.from_json(value, path) for value in shards]
-    if unlisted := sorted(tars - {record.shard for record in records}):
-        raise UserError(f"{folder / unlisted[0]}: not listed in {INDEX_NAME}, which is old; {consolidate_call(folder)}")
-    for record in records:
-        record.check_tar(folder / record.shard)
-    return [(folder / record.shard, record) for record in records]
-
-
-def _expand(entry: str) -> list[tuple[Path, ShardRecord]]:
-    """The shards that one entry of data.shards stands for."""
-    if "://" in entry or entry.startswith("pipe:"):
-        raise UserError(f"data.shards: '{entry}': only local folders and tars can be read; copy the shards to a disk")
-    if not entry.endswith(".tar") and "{" not in entry:
-        return _folder_records(Path(entry))
-    paths = [Path(path) for path in braceexpand.braceexpand(entry)]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such shard; check data.shards '{entry}'")
-    return [(path, sidecar_record(path)) for path in paths]
-
-
-class ShardIndex:
-    """All samples of a data set, in the order of its shards. Open it with `ShardIndex.open`.
-
-    Attributes, with N samples and S shards:
-        paths: the S tars.
-        keys: N names.
-        shard, offset, size, crc32, bucket: numpy arrays of N integers: the sample's shard number, its safetensors
-            member's first byte in the tar, its bytes, their crc32, and the number of its bucket in `buckets`.
-        buckets: bucket names in order of first appearance.
-        embed_dim: D of every prompt embedding.
-        folder: of the first shard.
-    """
-
-    def __init__(self, shards: Sequence[tuple[Path, ShardRecord]]) -> None:
-        records = [record for _, record in shards]
-        self.paths = [path for path, _ in shards]
-        self.folder = self.paths[0].parent
-        self._records = records
-        self._kinds: dict[str, tuple[list[int], bool]] = {}
-        for path, record in shards:
-            self._check_kind(path, record)
-        self.buckets = list(self._kinds)
-        self.embed_dim = records[0].embed_dim
-        counts = [len(record.keys) for record in records]
-        number = {name: i for i, name in enumerate(self.buckets)}
-        self.keys = [key for record in records for key in record.keys]
-        self.shard = np.repeat(np.arange(len(records), dtype=np.int64), counts)
-        self.bucket = np.repeat(np.array([number[record.bucket] for record in records], dtype=np.int64), counts)
-        self.offset = np.array([value for record in records for value in record.offsets], dtype=np.int64)
-        self.size = np.array([value for record in records for value in record.sizes], dtype=np.int64)
-        self.crc32 = np.array([value for record in records for value in record.crc32], dtype=np.uint32)
-
-    def _check_kind(self, path: Path, record: ShardRecord) -> None:
-        first = self._records[0]
-        if record.embed_dim != first.embed_dim:
-            raise UserError(
-                f"{path}: prompt_embeds have D={record.embed_dim}, {self.paths[0]} has D={first.embed_dim}; "
-                "encode all shards with one text encoder"
-            )
-        kind = (list(record.latent_shape), record.has_latents)
-        known = self._kinds.setdefault(record.bucket, kind)
-        if known != kind:
-            raise UserError(
-                f"{path}: bucket '{record.bucket}' has latent shape {kind[0]} (latents stored: {kind[1]}), the shards "
-                f"before {known[0]} (latents stored: {known[1]}); give every kind of shard its own bucket name"
-            )
-
-    @classmethod
-    def open(cls, shards: PathLike | Sequence[PathLike]) -> ShardIndex:
-        """Open a folder, a path or brace pattern of tars, or a list of those, concatenated in order.
-
-        Reads indexes and file sizes only. Raises `UserError` for what is missing, not indexed or of another size.
-        """
-        entries = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
-        found = [shard for entry in entries for shard in _expand(os.fspath(entry))]
-        if not found:
-            raise UserError("data.shards: names no shard; give a folder, a pattern of tars, or a list of those")
-        return cls(found)
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.keys)
-
-    def latent_shape(self, bucket: int | str) -> LatentShape:
-        """(C, F, H, W) of a bucket, given by its name or number."""
-        c, f, h, w = self._kinds[self.buckets[bucket] if isinstance(bucket, int) else bucket][0]
-        return c, f, h, w
-
-    def has_latents(self, bucket: int | str) -> bool:
-        """Whether the samples of a bucket hold latents, not captions only."""
-        return self._kinds[self.buckets[bucket] if isinstance(bucket, int) else bucket][1]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of what training sees, in order: buckets, latent shapes, keys, sizes, crc32; not of paths."""
-        digest = hashlib.sha256()
-        for record in self._records:
-            content = {k: v for k, v in record.to_json().items() if k not in ("shard", "tar_bytes", "offsets")}
-            digest.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode() + b"\n")
-        return digest.hexdigest()
-
-    def negative_prompt(self) -> Tensor:
-        """The data set's negative prompt embedding, `[n_tokens, D]` bf16, the same in every folder of the list."""
-        folders = list(dict.fromkeys(path.parent for path in self.paths))
-        first = read_negative_prompt(folders[0])
-        if first.shape[1] != self.embed_dim:
-            raise UserError(
-                f"{folders[0] / NEGATIVE_PROMPT_NAME}: D={first.shape[1]}, the shards have D={self.embed_dim}; "
-                "encode it with the shards' text encoder"
-            )
-        for folder in folders[1:]:
-            if not torch.equal(read_negative_prompt(folder), first):
-                raise UserError(f"{folder / NEGATIVE_PROMPT_NAME}: differs from {folders[0]}'s; use one for all")
-        return first

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
-from sgmd_dist.data.shards import ShardIndex, ShardWriter, consolidate, write_negative_prompt
+from sgmd_dist.data.format import write_negative_prompt
+from sgmd_dist.data.index import ShardIndex, consolidate
+from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.data.world import World, write_world_shards
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape, VideoModel

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sgmd_dist.batch import Batch
+from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.data.plan import PLAN_VERSION, Plan
 from sgmd_dist.data.reader import Reader, UnitData, UnitRequest
-from sgmd_dist.data.shards import ShardIndex
 from sgmd_dist.errors import UserError
 from sgmd_dist.rng import SampleId
 

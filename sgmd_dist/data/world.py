@@ -20,7 +20,9 @@ from torch import Tensor
 
 from sgmd_dist import rng
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
-from sgmd_dist.data.shards import ShardWriter, consolidate, write_negative_prompt
+from sgmd_dist.data.format import write_negative_prompt
+from sgmd_dist.data.index import consolidate
+from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.errors import UserError
 
 SOURCE = "world:moving_shapes"

@@ -29,7 +29,6 @@ from sgmd_dist.recipe import Section as RecipeSection
 _VAE_TEMPORAL_STRIDE = 4
 _VAE_SPATIAL_STRIDE = {16: 8, 48: 16}  # latent channels -> pixels per latent: Wan2.1's VAE and Wan2.2's
 _LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # of both attentions
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class WanConfig(RecipeSection):
@@ -101,10 +100,11 @@ def build(section: Section, pretrained: str | None, key: str) -> Wan | WanExpert
         UserError: the folder is missing, incomplete, of another kind of model or not what `model.config` says, or there
             is neither folder nor config.
     """
+    dtype = getattr(torch, section.compute_dtype)
     if pretrained is None:
         if section.config is None:
             raise UserError(f"{key}: neither {key} nor model.config is set; give a diffusers folder or a config")
-        wan = Wan(section.config.model_dump(), None, [], bool(section.expand_timesteps), _DTYPES[section.compute_dtype])
+        wan = Wan(section.config.model_dump(), None, [], bool(section.expand_timesteps), dtype)
         boundary = section.boundary_ratio
         return wan if boundary is None else WanExperts(wan, {}, boundary, wan.expand_timesteps)
     found = read_folder(Path(pretrained), key, section.boundary_ratio)
@@ -113,7 +113,7 @@ def build(section: Section, pretrained: str | None, key: str) -> Wan | WanExpert
     checked = _checked(found.config, where)
     if section.config is not None and pretrained == section.pretrained:
         _compare(checked, section.config.model_dump(), where)
-    wan = Wan({**found.config, **checked}, found.path, found.weight_files, expand, _DTYPES[section.compute_dtype])
+    wan = Wan({**found.config, **checked}, found.path, found.weight_files, expand, dtype)
     if found.boundary_ratio is None:
         return wan
     files = {"high": found.weight_files, "low": found.low_noise_files}

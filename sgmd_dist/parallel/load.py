@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sgmd_dist.checksum import sum_of_bits, wrap
 from sgmd_dist.errors import UserError
+from sgmd_dist.shard import counts_here, local
 
 _MAX_LISTED = 5
 
@@ -34,8 +35,8 @@ class Loaded:
 def fill(parameters: Mapping[str, Tensor], value: Callable[[str, tuple[int, ...]], Tensor]) -> int:
     """Set each of `parameters` from `value(name, global shape)`, one full tensor at a time; returns how many."""
     for name, parameter in parameters.items():
-        local, slices = _local_part(parameter)
-        local.copy_(value(name, tuple(parameter.shape))[slices])
+        part, slices = _local_part(parameter)
+        part.copy_(value(name, tuple(parameter.shape))[slices])
     return len(parameters)
 
 
@@ -54,11 +55,11 @@ def load_safetensors(parameters: Mapping[str, Tensor], files: Mapping[str, Seque
     _check_names(parameters, where, files)
     num_bytes = checksum = 0
     for name, parameter in parameters.items():
-        local, slices = _local_part(parameter)
-        if local.numel():
+        part, slices = _local_part(parameter)
+        if part.numel():
             found = where[name][slices]
-            local.copy_(found)
-            if _counts_here(parameter):
+            part.copy_(found)
+            if counts_here(parameter):
                 num_bytes += found.nbytes
                 checksum += sum_of_bits(found)
     total = torch.tensor([num_bytes, wrap(checksum)])
@@ -73,17 +74,6 @@ def _tensors(paths: Sequence[Path]) -> dict[str, Any]:
     return {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dict)
 
 
-def _counts_here(parameter: Tensor) -> bool:
-    """True on one rank of those that hold the same slice."""
-    if not isinstance(parameter, DTensor):
-        return not dist.is_initialized() or dist.get_rank() == 0
-    mesh = parameter.device_mesh
-    return all(
-        isinstance(placement, Shard) or mesh.get_local_rank(dim) == 0
-        for dim, placement in enumerate(parameter.placements)
-    )
-
-
 def _local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """This rank's storage of `parameter` and its place in the full tensor."""
     if not isinstance(parameter, DTensor):
@@ -91,7 +81,7 @@ def _local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     mesh, placements = parameter.device_mesh, parameter.placements
     sizes, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     slices = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-    return parameter.to_local(), slices
+    return local(parameter), slices
 
 
 def _open(path: Path) -> Any:

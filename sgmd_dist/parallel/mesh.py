@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 
 from sgmd_dist.errors import UserError
-from sgmd_dist.recipe import Layout
+from sgmd_dist.layout import Layout
+from sgmd_dist.recipe import COLLECTIVE_TIMEOUT_S
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
 _LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

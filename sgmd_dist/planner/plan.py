@@ -8,6 +8,7 @@ from math import prod
 
 from sgmd_dist.assemble import build_architecture, build_objective, plan_networks
 from sgmd_dist.data.sources import latent_shape_of
+from sgmd_dist.layout import Layout
 from sgmd_dist.models.base import LatentShape, PassShape, VideoModel
 from sgmd_dist.objectives.base import Phase
 from sgmd_dist.parallel.sequence import Partition
@@ -17,7 +18,7 @@ from sgmd_dist.planner.passes import PlannedPasses, PlannedPhase, StepFlops, sam
 from sgmd_dist.planner.storage import Storage, storage_of
 from sgmd_dist.planner.traffic import Flow, exchange_of, step_flows
 from sgmd_dist.planner.weights import FLOAT32, RoleBytes, all_role_bytes, networks_of
-from sgmd_dist.recipe import Layout, Recipe
+from sgmd_dist.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sgmd_dist.layout import Layout
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.parallel.sequence import Partition, Traffic, traffic
 from sgmd_dist.planner.machine import Knobs, Machine
 from sgmd_dist.planner.passes import PlannedPasses, PlannedPhase
 from sgmd_dist.planner.weights import FLOAT32, Network
-from sgmd_dist.recipe import Layout
 
 Exchange = tuple[Traffic, Traffic]  # of one block for a micro-batch: forward, backward
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from sgmd_dist import adapters
 from sgmd_dist.assemble import NetworkPlan
+from sgmd_dist.layout import Layout
 from sgmd_dist.planner.machine import Knobs
-from sgmd_dist.recipe import Layout
 
 FLOAT32 = 4
 BASE = "base"  # in the place of a role: the frozen network that only adapters share

@@ -21,10 +21,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sgmd_dist import checkpoint
 from sgmd_dist.checkpoint import folder, saving, staging
-from sgmd_dist.checkpoint.state import local
+from sgmd_dist.shard import local
 from sgmd_dist.errors import UserError
 from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
-from sgmd_dist.recipe import Layout, OptimSection
+from sgmd_dist.layout import Layout
+from sgmd_dist.recipe import OptimSection
 from sgmd_dist.roles import Roles, build_roles
 from running import train, train_command
 

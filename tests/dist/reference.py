@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sgmd_dist import rng
 from sgmd_dist.batch import Batch
-from sgmd_dist.data.shards import ShardIndex
+from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.data.stream import Stream
 from sgmd_dist.recipe import Recipe
 

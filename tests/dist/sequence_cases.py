@@ -20,7 +20,8 @@ from sgmd_dist.parallel import sequence
 from sgmd_dist.parallel.apply import parallelize
 from sgmd_dist.parallel.load import fill
 from sgmd_dist.parallel.mesh import Mesh, build_mesh, process_group
-from sgmd_dist.recipe import Layout, ParallelSection
+from sgmd_dist.layout import Layout
+from sgmd_dist.recipe import ParallelSection
 
 BATCH, HEAD_SIZE, TEXT_TOKENS, TEXT_DIM, CHANNELS = 2, 12, 5, 8, 4
 # Latents (F, Y, X) with patches (1, 2, 2), by their number of tokens

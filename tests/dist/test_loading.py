@@ -19,7 +19,8 @@ from sgmd_dist.models.wan import Section, build
 from sgmd_dist.parallel.apply import parallelize
 from sgmd_dist.parallel.load import Loaded, load_safetensors
 from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
-from sgmd_dist.recipe import Layout, ParallelSection
+from sgmd_dist.layout import Layout
+from sgmd_dist.recipe import ParallelSection
 
 SLACK_BYTES = 12 * 2**20  # Python's own objects, the list of the files' tensors
 

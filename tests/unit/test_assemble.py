@@ -20,8 +20,9 @@ from sgmd_dist.assemble import (
 )
 from sgmd_dist.errors import UserError
 from sgmd_dist.export import export_diffusers
+from sgmd_dist.layout import Layout
 from sgmd_dist.parallel.mesh import Mesh, build_mesh
-from sgmd_dist.recipe import Layout, Recipe
+from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import dump_recipe
 from sgmd_dist.roles import Roles, build_roles
 

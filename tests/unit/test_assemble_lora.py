@@ -18,8 +18,9 @@ from sgmd_dist.adapters import Lora
 from sgmd_dist.assemble import build_model, build_networks, load_network, load_weights, lora_of, merge_adapter
 from sgmd_dist.errors import UserError
 from sgmd_dist.export import export_adapter, export_diffusers
+from sgmd_dist.layout import Layout
 from sgmd_dist.parallel.mesh import Mesh, build_mesh
-from sgmd_dist.recipe import Layout, Recipe
+from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import dump_recipe
 from sgmd_dist.roles import Roles, build_roles
 from sgmd_dist.sampling import open_source

@@ -11,8 +11,9 @@ import torch
 from sgmd_dist import checkpoint
 from sgmd_dist.assemble import build_networks, load_weights
 from sgmd_dist.export import export_diffusers
+from sgmd_dist.layout import Layout
 from sgmd_dist.parallel.mesh import build_mesh
-from sgmd_dist.recipe import Layout, Recipe
+from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import dump_recipe
 from sgmd_dist.roles import build_roles
 from sgmd_dist.rollout import Network

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from sgmd_dist import preflight
-from sgmd_dist.data.shards import ShardWriter, consolidate, write_negative_prompt
+from sgmd_dist.data.format import write_negative_prompt
+from sgmd_dist.data.index import consolidate
+from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.errors import UserError
 from sgmd_dist.recipe_file import load_recipe
 

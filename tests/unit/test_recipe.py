@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from sgmd_dist.errors import UserError
+from sgmd_dist.layout import Layout
 from sgmd_dist.objectives.dmd2 import Section as Dmd2Section
 from sgmd_dist.objectives.sgmd import Section as SgmdSection
-from sgmd_dist.recipe import Layout, Recipe, shard_list
+from sgmd_dist.recipe import Recipe, shard_list
 from sgmd_dist.recipe_file import dump_recipe, load_recipe
 
 MINIMAL = """

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgmd_dist.data.shards import ShardIndex, ShardWriter, consolidate, write_negative_prompt
+from sgmd_dist.data.format import write_negative_prompt
+from sgmd_dist.data.index import ShardIndex, consolidate
+from sgmd_dist.data.shards import ShardWriter
 
 LATENT_SHAPES = {"wide": (4, 2, 3, 6), "tall": (4, 2, 6, 2)}
 EMBED_DIM = 8

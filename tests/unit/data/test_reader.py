@@ -19,8 +19,9 @@ from torch import Tensor
 from webdataset.writer import TarWriter
 
 from sgmd_dist.data import reader as reader_module
+from sgmd_dist.data.format import CorruptSample, write_negative_prompt
+from sgmd_dist.data.index import ShardIndex, consolidate
 from sgmd_dist.data.reader import THREAD_NAME_PREFIX, BufferPool, Reader, UnitData, UnitRequest
-from sgmd_dist.data.shards import CorruptSample, ShardIndex, consolidate, write_negative_prompt
 
 TEXT_TOKENS = 5  # the samples have 1 to 7 tokens: some are cut, some padded
 

@@ -22,16 +22,10 @@ import webdataset as wds
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from sgmd_dist.data.shards import (
-    CorruptSample,
-    ShardIndex,
-    ShardWriter,
-    build_index,
-    consolidate,
-    parse_safetensors,
-    read_negative_prompt,
-    write_negative_prompt,
-)
+from sgmd_dist.data.format import CorruptSample, parse_safetensors, read_negative_prompt, write_negative_prompt
+from sgmd_dist.data.index import ShardIndex, consolidate
+from sgmd_dist.data.record import build_index
+from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.errors import UserError
 
 
@@ -263,7 +257,7 @@ def test_a_tar_without_sidecar_gets_one_on_consolidation(dataset: ShardIndex) ->
     before = files_of(dataset.folder)
     for path in dataset.folder.glob("*index.json"):
         path.unlink()
-    with pytest.raises(UserError, match=r"index\.json: not found; make it with sgmd_dist\.data\.shards\.consolidate"):
+    with pytest.raises(UserError, match=r"index\.json: not found; make it with python launch/prepare\.py index"):
         ShardIndex.open(dataset.folder)
     with pytest.raises(UserError, match=r"shard-000000\.index\.json: not found"):
         ShardIndex.open(os.fspath(dataset.paths[0]))
@@ -318,7 +312,7 @@ def test_a_damaged_index_is_named_with_its_mend(dataset: ShardIndex, content: by
     (dataset.folder / "index.json").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         ShardIndex.open(dataset.folder)
-    assert "index.json" in one_line(error) and "consolidate(" in one_line(error)
+    assert "index.json" in one_line(error) and "prepare.py index" in one_line(error)
 
 
 def test_index_lists_of_different_lengths_are_refused(dataset: ShardIndex) -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from sgmd_dist.batch import Batch
+from sgmd_dist.data.format import CorruptSample, write_negative_prompt
+from sgmd_dist.data.index import ShardIndex, consolidate
 from sgmd_dist.data.reader import THREAD_NAME_PREFIX
-from sgmd_dist.data.shards import CorruptSample, ShardIndex, consolidate, write_negative_prompt
 from sgmd_dist.data.stream import Stream
 from sgmd_dist.errors import UserError
 

@@ -9,10 +9,11 @@ import torch
 
 from sgmd_dist.assemble import materialize
 from sgmd_dist.errors import UserError
+from sgmd_dist.layout import Layout
 from sgmd_dist.models.wan import Wan, WanConfig
 from sgmd_dist.parallel.apply import parallelize
 from sgmd_dist.parallel.mesh import build_mesh
-from sgmd_dist.recipe import AttentionBackend, Layout, ParallelSection
+from sgmd_dist.recipe import AttentionBackend, ParallelSection
 from sgmd_kernels.attention import AUTO, ORDER
 
 ONE_RANK = Layout(world_size=1, dp_replicate=1, dp_shard=1, ring=1, ulysses=1, num_units=1, accumulation=1)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sgmd_dist.assemble import build_networks
+from sgmd_dist.layout import Layout
 from sgmd_dist.models import _wan_fused
 from sgmd_dist.parallel.mesh import Mesh, build_mesh
-from sgmd_dist.recipe import Layout, Recipe
+from sgmd_dist.recipe import Recipe
 from sgmd_kernels import dispatch
 
 MakeRecipe = Callable[..., Recipe]

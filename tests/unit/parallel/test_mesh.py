@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from sgmd_dist.errors import UserError
+from sgmd_dist.layout import Layout
 from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
-from sgmd_dist.recipe import Layout
 
 ONE_RANK = Layout(world_size=1, dp_replicate=1, dp_shard=1, ring=1, ulysses=1, num_units=4, accumulation=4)
 
