@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sgmd_dist import resume
-from sgmd_dist.assemble import build_model, build_objective, plan_networks
+from sgmd_dist.assemble import build_objective, plan_networks
 from sgmd_dist.data.sources import check_sources, latent_shape_of
 from sgmd_dist.errors import UserError
 from sgmd_dist.layout import Layout
@@ -24,10 +24,11 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
         UserError: the first thing that is wrong.
     """
     objective = build_objective(recipe)
-    models = {role: build_model(recipe, role) for role in objective.roles}
-    check_sources(recipe, models["generator"], objective.needs_latents)
+    plans = plan_networks(recipe, objective.roles)
+    generator = next(plan.model for plan in plans if "generator" in plan.roles)
+    check_sources(recipe, generator, objective.needs_latents)
     resume.decide(recipe)
-    _check_attention(recipe, models["generator"])
+    _check_attention(recipe, generator)
     lines = [
         f"recipe      {recipe.run.name}: {recipe.objective.name} on {recipe.model.family}, {recipe.run.steps} steps",
         f"ranks       {layout.world_size} = dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard}"
@@ -35,9 +36,8 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
         f"batch       global {recipe.data.global_batch_size} = micro {recipe.data.micro_batch_size}"
         f" x data parallel {layout.dp_size} x accumulation {layout.accumulation}",
         f"updates     {', '.join(phase.role for phase in objective.phases(0))} per step",
-        *_sequence_lines(recipe, layout, models["generator"]),
+        *_sequence_lines(recipe, layout, generator),
     ]
-    plans = plan_networks(recipe, objective.roles)
     loras = {role: lora for plan in plans for role, lora in plan.loras.items()}
     networks = networks_of(plans, layout)
     for planned in all_role_bytes(objective.roles, networks, knobs_of(recipe)).values():
@@ -77,7 +77,7 @@ def _sequence_lines(recipe: Recipe, layout: Layout, model: VideoModel) -> list[s
             batch=recipe.data.micro_batch_size,
             heads=shape.num_heads,
             head_size=shape.head_size,
-            item_bytes=2 if recipe.model.compute_dtype == "bfloat16" else 4,
+            item_bytes=model.compute_dtype.itemsize,
         )
         lines.append(
             f"exchange    sent by a rank in each of {shape.num_blocks} blocks for a micro-batch: forward"
