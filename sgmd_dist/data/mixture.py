@@ -27,8 +27,7 @@ class Schedule:
 
     The rounds are those of jobs that arrive at even distances, taken by the earliest deadline among those that have
     arrived; this meets all deadlines, which is the bound. It repeats after `period` rounds. Where the shares have no
-    common denominator up to `LONGEST_PERIOD`, they are rounded to that, which may lead to one round more or less in
-    `LONGEST_PERIOD` rounds.
+    common denominator up to `LONGEST_PERIOD`, they are rounded to it, by one round in so many at most.
 
     Args:
         shares: of the rounds, above 0; their sum does not matter.
