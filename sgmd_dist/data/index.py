@@ -85,13 +85,15 @@ class ShardIndex:
         keys: N names.
         shard, offset, size, crc32, bucket: numpy arrays of N integers: the sample's shard number, its safetensors
             member's first byte in the tar, its bytes, their crc32, and the number of its bucket in `buckets`.
+        entry: numpy array of S integers, the number of the entry of data.shards that each shard comes from.
         buckets: bucket names in order of first appearance.
         embed_dim: D of every prompt embedding.
         folder: of the first shard.
     """
 
-    def __init__(self, shards: Sequence[tuple[Path, ShardRecord]]) -> None:
+    def __init__(self, shards: Sequence[tuple[Path, ShardRecord]], entries: Sequence[int] | None = None) -> None:
         records = [record for _, record in shards]
+        self.entry = np.zeros(len(shards), dtype=np.int64) if entries is None else np.array(entries, dtype=np.int64)
         self.paths = [path for path, _ in shards]
         self.folder = self.paths[0].parent
         self._records = records
@@ -131,10 +133,10 @@ class ShardIndex:
         Reads indexes and file sizes only. Raises `UserError` for what is missing, not indexed or of another size.
         """
         entries = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
-        found = [shard for entry in entries for shard in _expand(os.fspath(entry))]
+        found = [(shard, number) for number, entry in enumerate(entries) for shard in _expand(os.fspath(entry))]
         if not found:
             raise UserError("data.shards: names no shard; give a folder, a pattern of tars, or a list of those")
-        return cls(found)
+        return cls([shard for shard, _ in found], [number for _, number in found])
 
     @property
     def num_samples(self) -> int:

@@ -128,6 +128,7 @@ class Reader:
         depth: units in flight; each holds a buffer of m samples.
         check_crc: compare every sample's crc32 with the index. On by default: without it a damaged tensor trains
             silently. It costs 1.3 to 2.4 ms of a thread's time per 8.4 MB.
+        retries, read_timeout_s: of a sample's read.
     """
 
     def __init__(
@@ -140,7 +141,10 @@ class Reader:
         num_threads: int = 1,
         depth: int = 4,
         check_crc: bool = True,
+        retries: int = 0,
+        read_timeout_s: float | None = None,
     ) -> None:
+        self.retries = 0
         self._index, self._requests = index, requests
         self._rows, self._text_tokens, self._depth, self._check_crc = micro_batch_size, text_tokens, depth, check_crc
         self._pool = BufferPool(num_kept=depth + 1)
