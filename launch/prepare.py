@@ -1,4 +1,4 @@
-"""Make data: the synthetic video world as shards, and the tiny text encoder that its captions need; index and verify."""
+"""Make data: the synthetic video world as shards, the tiny text encoder of its captions; index and verify shards."""
 
 from __future__ import annotations
 
@@ -81,10 +81,8 @@ def _write_missing_negative_prompt(folder: Path, embed_dim: int, args: argparse.
     if path.exists():
         return
     if args.negative_prompt_from is not None:
-        said, embeds = (
-            f"--negative-prompt-from {args.negative_prompt_from}",
-            read_negative_embeds(args.negative_prompt_from),
-        )
+        said = f"--negative-prompt-from {args.negative_prompt_from}"
+        embeds = read_negative_embeds(args.negative_prompt_from)
     elif args.text_encoder is not None:
         encoder = TextEncoder.from_pretrained(args.text_encoder)
         said, embeds = f"--text-encoder {args.text_encoder}", encoder.encode([NEGATIVE_PROMPT])[0]

@@ -155,6 +155,8 @@ def read_negative_embeds(source: Path) -> Tensor:
             embeds = torch.from_numpy(array.reshape(array.shape[-2:]).astype(np.float32)).bfloat16()
         else:
             embeds = decode_tensor(source.read_bytes(), 2)
+        if embeds.ndim != 2:
+            raise UserError(f"holds an array {list(embeds.shape)}")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{source}: {error}; give a data set's folder, or a .npy or .pt file with an embedding [n_tokens, D]"

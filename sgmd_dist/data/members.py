@@ -122,14 +122,14 @@ def _add(path: Path, scan: TarScan, member: tarfile.TarInfo) -> None:
             f"{whole.replace('.', '_')!r}"
         )
         scan.mistakes.append(Mistake(path, what, None, member.offset))
+    if member.issparse():  # its bytes in the tar are not its content
+        what = f"{member.name} is a sparse member; write the tar again without --sparse"
+        scan.mistakes.append(Mistake(path, what, key, member.offset))
+        return
     known = scan.samples.setdefault(key, {})
     if extension in known:
         what = f"has two members {member.name}; give samples keys of their own"
         scan.mistakes.append(Mistake(path, what, key, member.offset))
-    elif member.issparse():
-        scan.mistakes.append(
-            Mistake(path, f"{member.name} is a sparse member; write the tar again", key, member.offset)
-        )
     else:
         known[extension] = member
 

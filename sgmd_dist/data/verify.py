@@ -54,9 +54,7 @@ class _Shard:
     records: dict[str, ShardRecord]  # by the index file's name, the first is the one that training takes
     mistakes: list[Mistake] = field(default_factory=list)
     found: ShardRecord = field(init=False)  # the samples that could be read; of their places what comparing needs
-    kinds: dict[str, tuple[str, Kind]] = field(
-        default_factory=dict
-    )  # by bucket, shape, ...: the first such sample's key
+    kinds: dict[str, tuple[str, Kind]] = field(default_factory=dict)  # with the first key of each
     num_good: Counter[str] = field(default_factory=Counter)  # by bucket
 
     def __post_init__(self) -> None:
@@ -193,9 +191,8 @@ def _verify_samples(shard: _Shard, record: ShardRecord | None, file: IO[bytes], 
         try:
             sample = read_sample(file, key, members, scan.layout)
         except CorruptSample as error:
-            shard.mistakes.append(
-                Mistake(shard.path, str(error), key, min(member.offset for member in members.values()))
-            )
+            offset = min(member.offset for member in members.values())
+            shard.mistakes.append(Mistake(shard.path, str(error), key, offset))
             continue
         place = sample.place
         kind, wrong = describe(sample)
