@@ -328,7 +328,11 @@ def test_a_negative_prompt_is_taken_from_a_folder_a_npy_or_a_pt(tmp_path: Path) 
     for name in (".", "negative_prompt.safetensors", "neg_prompt_emb.npy", "umT5_wan_negative_emb.pt"):
         assert torch.equal(read_negative_embeds(tmp_path / name), embeds.bfloat16()), name
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    for name, message in (("objects.npy", "allow_pickle=False"), ("nowhere.npy", "No such file"), ("flat.npy", r"holds an array \[3\]")):
+    for name, message in (
+        ("objects.npy", "allow_pickle=False"),
+        ("nowhere.npy", "No such file"),
+        ("flat.npy", r"holds an array \[3\]"),
+    ):
         np.save(tmp_path / "flat.npy", np.zeros(3))
         with pytest.raises(UserError, match=rf"{name}: .*{message}|{message}.*{name}"):
             read_negative_embeds(tmp_path / name)
