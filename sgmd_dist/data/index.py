@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -14,39 +15,77 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgmd_dist.data.examine import build_index
+from sgmd_dist.data.foreign import OWN_LAYOUT, ForeignPlace
 from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, consolidate_call, read_json, read_negative_prompt
-from sgmd_dist.data.record import INDEX_VERSION, ShardRecord, build_index, list_tars, sidecar_path, sidecar_record
+from sgmd_dist.data.members import Mistake
+from sgmd_dist.data.record import INDEX_VERSION, ShardRecord, list_tars, sidecar_path, sidecar_record
 from sgmd_dist.durable import write_durably
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
 
 INDEX_NAME = "index.json"
+_PLACES = ("shard", "tar_bytes", "offsets", "embed_offsets")
 
 PathLike = str | os.PathLike[str]
 
 
-def consolidate(folder: PathLike) -> ShardIndex:
+def consolidate(
+    folder: PathLike, *, num_threads: int = 1, on_indexed: Callable[[Path], None] | None = None
+) -> ShardIndex:
     """Write `index.json` from the sidecars of all tars of `folder`, in the order of their names, and open it.
 
-    A tar without a sidecar is read and gets one (`build_index`). Raises `UserError` for a folder without tars, a tar
-    whose size differs from its sidecar's, and a key that occurs twice.
+    A tar without a sidecar is read and gets one (`build_index`), `num_threads` at a time; `on_indexed` is called with
+    each tar that has one. Raises `UserError` for a folder without tars, a tar that cannot be indexed or whose size
+    differs from its sidecar's, and a sample that occurs twice. Sidecars that were written before stay.
     """
     folder = Path(folder)
-    records: list[ShardRecord] = []
-    shard_of_key: dict[str, str] = {}
-    for tar_path in list_tars(folder):
-        sidecar = sidecar_path(tar_path)
-        if not sidecar.exists():
-            write_durably(sidecar, json.dumps(build_index(tar_path).to_json()).encode())
-        record = sidecar_record(tar_path)
-        for key in record.keys:
-            if key in shard_of_key:
-                raise UserError(f"{tar_path}: key '{key}' is in {shard_of_key[key]} too; give every sample its own key")
-            shard_of_key[key] = tar_path.name
-        records.append(record)
+    records = write_sidecars(list_tars(folder), num_threads=num_threads, on_indexed=on_indexed)
+    if twice := find_duplicates([(folder / record.shard, record) for record in records]):
+        raise UserError(str(twice[0]))
     index = {"version": INDEX_VERSION, "shards": [record.to_json() for record in records]}
     write_durably(folder / INDEX_NAME, json.dumps(index).encode())
     return ShardIndex.open(os.fspath(folder))
+
+
+def write_sidecars(
+    tars: Sequence[Path], *, num_threads: int = 1, on_indexed: Callable[[Path], None] | None = None
+) -> list[ShardRecord]:
+    """The records of `tars`; one without a sidecar is read whole and gets one. Raises `UserError` as `build_index`."""
+
+    def record(tar_path: Path) -> ShardRecord:
+        sidecar = sidecar_path(tar_path)
+        if not sidecar.exists():
+            write_durably(sidecar, json.dumps(build_index(tar_path).to_json()).encode())
+        found = sidecar_record(tar_path)
+        if on_indexed is not None:
+            on_indexed(tar_path)
+        return found
+
+    threads = ThreadPoolExecutor(num_threads)
+    try:
+        return list(threads.map(record, tars))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def find_duplicates(shards: Sequence[tuple[Path, ShardRecord]]) -> list[Mistake]:
+    """Samples that occur twice in a data set.
+
+    A key names one sample. Writers of foreign shards begin with the same key in every shard: there only a key with
+    the same bytes is a sample that occurs twice.
+    """
+    seen: dict[str | tuple[str, int], Path] = {}
+    mistakes = []
+    for path, record in shards:
+        own = record.layout == OWN_LAYOUT
+        for key, offset, crc32 in zip(record.keys, record.offsets, record.crc32, strict=True):
+            name = key if own else (key, crc32)
+            if name in seen:
+                what = f"its key is in {seen[name].name} too; give every sample its own key"
+                mistakes.append(Mistake(path, what, key, offset))
+            seen.setdefault(name, path)
+    return mistakes
 
 
 def _folder_records(folder: Path) -> list[tuple[Path, ShardRecord]]:
@@ -104,6 +143,7 @@ class ShardIndex:
         self.embed_dim = records[0].embed_dim
         counts = [len(record.keys) for record in records]
         number = {name: i for i, name in enumerate(self.buckets)}
+        self._first = np.cumsum([0, *counts])  # of each shard's samples
         self.keys = [key for record in records for key in record.keys]
         self.shard = np.repeat(np.arange(len(records), dtype=np.int64), counts)
         self.bucket = np.repeat(np.array([number[record.bucket] for record in records], dtype=np.int64), counts)
@@ -151,12 +191,17 @@ class ShardIndex:
         """Whether the samples of a bucket hold latents, not captions only."""
         return self._kinds[self.buckets[bucket] if isinstance(bucket, int) else bucket][1]
 
+    def foreign_place(self, sample: int) -> ForeignPlace | None:
+        """Where a sample of a foreign shard lies (sgmd_dist/data/foreign.py), or None in a shard of our own layout."""
+        shard = int(self.shard[sample])
+        return self._records[shard].foreign_place(sample - int(self._first[shard]))
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of what training sees, in order: buckets, latent shapes, keys, sizes, crc32; not of paths."""
         digest = hashlib.sha256()
         for record in self._records:
-            content = {k: v for k, v in record.to_json().items() if k not in ("shard", "tar_bytes", "offsets")}
+            content = {k: v for k, v in record.to_json().items() if k not in _PLACES}
             digest.update(json.dumps(content, sort_keys=True, separators=(",", ":")).encode() + b"\n")
         return digest.hexdigest()
 

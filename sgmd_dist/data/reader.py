@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sgmd_dist.data.foreign import fill_foreign
 from sgmd_dist.data.format import CorruptSample, TensorSpan, safetensors_header_bytes, safetensors_layout
 from sgmd_dist.data.index import ShardIndex
 
@@ -218,6 +219,10 @@ class Reader:
         return None
 
     def _fill(self, sample: int, file: int, latent_shape: tuple[int, ...] | None, latents: Bytes, text: Bytes) -> None:
+        if (place := self._index.foreign_place(sample)) is not None:
+            width = self._index.embed_dim
+            fill_foreign(file, place, latent_shape, width, latents, text, check_crc=self._check_crc)
+            return
         offset, size = int(self._index.offset[sample]), int(self._index.size[sample])
         head = np.empty(min(_HEAD_BYTES, size), dtype=np.uint8)
         _read_into(file, [head], offset)
