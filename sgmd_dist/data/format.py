@@ -161,10 +161,15 @@ def read_negative_prompt(folder: str | os.PathLike[str]) -> Tensor:
     path = Path(folder) / NEGATIVE_PROMPT_NAME
     if not path.is_file():
         raise UserError(f"{path}: not found; write it with sgmd_dist.data.format.write_negative_prompt")
+    return parse_negative_prompt(path.read_bytes(), path)
+
+
+def parse_negative_prompt(data: bytes, where: object) -> Tensor:
+    """The embedding `[n_tokens, D]` bf16 in a file's bytes. Raises `UserError` that begins with `where`."""
     try:
-        embeds = parse_safetensors(memoryview(bytearray(path.read_bytes()))).get("prompt_embeds")
+        embeds = parse_safetensors(memoryview(bytearray(data))).get("prompt_embeds")
     except CorruptSample as error:
-        raise UserError(f"{path}: {error}; write it again") from error
+        raise UserError(f"{where}: {error}; write it again") from error
     if embeds is None or embeds.ndim != 2 or embeds.dtype != torch.bfloat16:
-        raise UserError(f"{path}: holds no bfloat16 'prompt_embeds' [n_tokens, D]; write it again")
+        raise UserError(f"{where}: holds no bfloat16 'prompt_embeds' [n_tokens, D]; write it again")
     return embeds
