@@ -208,10 +208,15 @@ def read_negative_prompt(folder: str | os.PathLike[str]) -> Tensor:
             f"{path}: not found; {consolidate_call(path.parent)} --text-encoder DIFFUSERS_FOLDER, or "
             "--negative-prompt-from another data set"
         )
+    return parse_negative_prompt(path.read_bytes(), path)
+
+
+def parse_negative_prompt(data: bytes, where: object) -> Tensor:
+    """The embedding `[n_tokens, D]` bf16 in a file's bytes. Raises `UserError` that begins with `where`."""
     try:
-        embeds = parse_safetensors(memoryview(bytearray(path.read_bytes()))).get("prompt_embeds")
+        embeds = parse_safetensors(memoryview(bytearray(data))).get("prompt_embeds")
     except CorruptSample as error:
-        raise UserError(f"{path}: {error}; write it again") from error
+        raise UserError(f"{where}: {error}; write it again") from error
     if embeds is None or embeds.ndim != 2 or embeds.dtype != torch.bfloat16:
-        raise UserError(f"{path}: holds no bfloat16 'prompt_embeds' [n_tokens, D]; write it again")
+        raise UserError(f"{where}: holds no bfloat16 'prompt_embeds' [n_tokens, D]; write it again")
     return embeds

@@ -1,4 +1,7 @@
-"""The index of a data set: all its samples in the order of their shards, opened without reading a tar."""
+"""The index of a data set: all its samples in the order of their shards, opened without reading a tar.
+
+Shards may lie elsewhere (sgmd_dist/data/remote.py): they come into the node cache when they are read.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,28 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-import braceexpand
 import numpy as np
 import torch
 from torch import Tensor
 
+from sgmd_dist.data.cache import ShardCache, Wanted
 from sgmd_dist.data.examine import build_index
 from sgmd_dist.data.foreign import OWN_LAYOUT, ForeignPlace
-from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, consolidate_call, read_json, read_negative_prompt
+from sgmd_dist.data.format import (
+    NEGATIVE_PROMPT_NAME,
+    consolidate_call,
+    parse_negative_prompt,
+    read_json,
+    read_negative_prompt,
+)
 from sgmd_dist.data.members import Mistake
 from sgmd_dist.data.record import INDEX_VERSION, ShardRecord, list_tars, sidecar_path, sidecar_record
+from sgmd_dist.data.remote import Remote, is_remote, local_path_of
+from sgmd_dist.data.remote_index import INDEX_NAME, expanded, open_remote, read_remote_prompt
 from sgmd_dist.durable import write_durably
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
 
-INDEX_NAME = "index.json"
 _PLACES = ("shard", "tar_bytes", "offsets", "embed_offsets")
 
 PathLike = str | os.PathLike[str]
@@ -103,13 +113,14 @@ def _folder_records(folder: Path) -> list[tuple[Path, ShardRecord]]:
     return [(folder / record.shard, record) for record in records]
 
 
-def _expand(entry: str) -> list[tuple[Path, ShardRecord]]:
+def _expand(entry: str, cache: ShardCache) -> Sequence[tuple[Path | Remote, ShardRecord]]:
     """The shards that one entry of data.shards stands for."""
-    if "://" in entry or entry.startswith("pipe:"):
-        raise UserError(f"data.shards: '{entry}': only local folders and tars can be read; copy the shards to a disk")
+    entry = local_path_of(entry)
+    if is_remote(entry):
+        return open_remote(entry, cache)
     if not entry.endswith(".tar") and "{" not in entry:
         return _folder_records(Path(entry))
-    paths = [Path(path) for path in braceexpand.braceexpand(entry)]
+    paths = [Path(path) for path in expanded(entry)]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: no such shard; check data.shards '{entry}'")
@@ -120,7 +131,8 @@ class ShardIndex:
     """All samples of a data set, in the order of its shards. Open it with `ShardIndex.open`.
 
     Attributes, with N samples and S shards:
-        paths: the S tars.
+        paths: where the S tars lie, as text without secrets: `Path`s, and `Remote`s of those that lie elsewhere. To
+            read a tar ask for its `local_path` or `open_shard`.
         keys: N names.
         shard, offset, size, crc32, bucket: numpy arrays of N integers: the sample's shard number, its safetensors
             member's first byte in the tar, its bytes, their crc32, and the number of its bucket in `buckets`.
@@ -130,10 +142,17 @@ class ShardIndex:
         folder: of the first shard.
     """
 
-    def __init__(self, shards: Sequence[tuple[Path, ShardRecord]], entries: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[tuple[Path | Remote, ShardRecord]],
+        cache: ShardCache | None = None,
+        entries: Sequence[int] | None = None,
+    ) -> None:
         records = [record for _, record in shards]
         self.entry = np.zeros(len(shards), dtype=np.int64) if entries is None else np.array(entries, dtype=np.int64)
         self.paths = [path for path, _ in shards]
+        self._cache = cache or ShardCache()
+        self._wanted: dict[int, Wanted] = {}
         self.folder = self.paths[0].parent
         self._records = records
         self._kinds: dict[str, tuple[list[int], bool]] = {}
@@ -151,7 +170,7 @@ class ShardIndex:
         self.size = np.array([value for record in records for value in record.sizes], dtype=np.int64)
         self.crc32 = np.array([value for record in records for value in record.crc32], dtype=np.uint32)
 
-    def _check_kind(self, path: Path, record: ShardRecord) -> None:
+    def _check_kind(self, path: Path | Remote, record: ShardRecord) -> None:
         first = self._records[0]
         if record.embed_dim != first.embed_dim:
             raise UserError(
@@ -167,16 +186,46 @@ class ShardIndex:
             )
 
     @classmethod
-    def open(cls, shards: PathLike | Sequence[PathLike]) -> ShardIndex:
-        """Open a folder, a path or brace pattern of tars, or a list of those, concatenated in order.
+    def open(cls, shards: PathLike | Sequence[PathLike], cache: ShardCache | None = None) -> ShardIndex:
+        """Open a folder, a path or brace pattern of tars, an address, or a list of those, concatenated in order.
 
-        Reads indexes and file sizes only. Raises `UserError` for what is missing, not indexed or of another size.
+        Reads indexes and file sizes only; of what lies elsewhere `cache` (by default the default folder's) keeps the
+        indexes, and the shards that have none. Raises `UserError` for what is missing, not indexed or of another size.
         """
         entries = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
-        found = [(shard, number) for number, entry in enumerate(entries) for shard in _expand(os.fspath(entry))]
+        cache = cache or ShardCache()
+        found = [(shard, number) for number, entry in enumerate(entries) for shard in _expand(os.fspath(entry), cache)]
         if not found:
             raise UserError("data.shards: names no shard; give a folder, a pattern of tars, or a list of those")
-        return cls([shard for shard, _ in found], [number for _, number in found])
+        return cls([shard for shard, _ in found], cache, [number for _, number in found])
+
+    def local_path(self, shard: int) -> Path:
+        """The file of shard number `shard` on this node; one from elsewhere is fetched, which may take long.
+
+        The cache may give such a file up at any time: open it at once, or use `open_shard`.
+
+        Raises:
+            OSError: a failure that may pass, as of the network.
+            CorruptSample: one that will not: no such file, no access, another size than the index says.
+        """
+        path = self.paths[shard]
+        return path if isinstance(path, Path) else self._cache.path(self._want(shard, path))
+
+    def open_shard(self, shard: int) -> int:
+        """A descriptor, for reading, of the file of shard number `shard`; raises as `local_path`.
+
+        The cache gives a shard up last that is open. One that went all the same (`os.fstat(...).st_nlink == 0`) stays
+        readable, but takes its room on the disk until it is closed.
+        """
+        path = self.paths[shard]
+        if isinstance(path, Path):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._cache.open(self._want(shard, path))
+
+    def _want(self, shard: int, remote: Remote) -> Wanted:
+        if shard not in self._wanted:
+            self._wanted[shard] = Wanted.of(remote, self._records[shard])
+        return self._wanted[shard]
 
     @property
     def num_samples(self) -> int:
@@ -206,15 +255,32 @@ class ShardIndex:
         return digest.hexdigest()
 
     def negative_prompt(self) -> Tensor:
-        """The data set's negative prompt embedding, `[n_tokens, D]` bf16, the same in every folder of the list."""
-        folders = list(dict.fromkeys(path.parent for path in self.paths))
-        first = read_negative_prompt(folders[0])
+        """The data set's negative prompt embedding, `[n_tokens, D]` bf16, the same wherever there is one.
+
+        Raises:
+            UserError: no folder of the list holds one, two differ, or its width is not the shards'.
+        """
+        folders = list(dict.fromkeys(path.parent for path in self.paths if isinstance(path, Path) or not path.is_pipe))
+        found = [(folder, embeds) for folder in folders if (embeds := self._negative_prompt_in(folder)) is not None]
+        if not found:
+            raise UserError(
+                f"{self.paths[0]}: there is no {NEGATIVE_PROMPT_NAME} beside the shards; write it with"
+                " sgmd_dist.data.format.write_negative_prompt into a folder of data.shards, where one entry with it is"
+                " enough for all"
+            )
+        where, first = found[0]
         if first.shape[1] != self.embed_dim:
             raise UserError(
-                f"{folders[0] / NEGATIVE_PROMPT_NAME}: D={first.shape[1]}, the shards have D={self.embed_dim}; "
+                f"{where}/{NEGATIVE_PROMPT_NAME}: D={first.shape[1]}, the shards have D={self.embed_dim}; "
                 "encode it with the shards' text encoder"
             )
-        for folder in folders[1:]:
-            if not torch.equal(read_negative_prompt(folder), first):
-                raise UserError(f"{folder / NEGATIVE_PROMPT_NAME}: differs from {folders[0]}'s; use one for all")
+        for folder, embeds in found[1:]:
+            if not torch.equal(embeds, first):
+                raise UserError(f"{folder}/{NEGATIVE_PROMPT_NAME}: differs from {where}'s; use one for all")
         return first
+
+    def _negative_prompt_in(self, folder: Path | Remote) -> Tensor | None:
+        if isinstance(folder, Path):
+            return read_negative_prompt(folder) if (folder / NEGATIVE_PROMPT_NAME).exists() else None
+        data = read_remote_prompt(folder, self._cache)
+        return None if data is None else parse_negative_prompt(data, folder.inside(NEGATIVE_PROMPT_NAME))

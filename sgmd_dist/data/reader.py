@@ -94,11 +94,11 @@ class _OpenFiles(threading.local):
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         registry.append(self._descriptors)
 
-    def get(self, shard: int, path: os.PathLike[str]) -> int:
+    def get(self, shard: int, index: ShardIndex) -> int:
         if shard not in self._descriptors:
             while len(self._descriptors) >= _OPEN_FILES_PER_THREAD:
                 os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[shard] = index.open_shard(shard)
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
 
@@ -209,7 +209,7 @@ class Reader:
         """Fill a sample's rows; on an error fill them with zeros and return it."""
         shard = int(self._index.shard[sample])
         try:
-            self._fill(sample, self._files.get(shard, self._index.paths[shard]), latent_shape, latents, text)
+            self._fill(sample, self._files.get(shard, self._index), latent_shape, latents, text)
         except (CorruptSample, OSError) as error:
             latents[:], text[:] = 0, 0
             return CorruptSample(

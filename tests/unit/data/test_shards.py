@@ -272,7 +272,6 @@ def test_what_is_missing_is_named(tmp_path: Path, dataset: ShardIndex) -> None:
         (tmp_path / "empty", "empty: holds no .tar shards"),
         (f"{dataset.folder}/shard-{{000003..000005}}.tar", r"shard-000005\.tar: no such shard"),
         ([], "data.shards: names no shard"),
-        ("s3://bucket/shard.tar", "only local folders and tars can be read"),
     ]
     for shards, message in cases:
         with pytest.raises(UserError, match=message) as error:
