@@ -114,7 +114,7 @@ def _manifest_rows(path: Path, required: Sequence[str]) -> Iterator[Row]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file or folder (working directory {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text after row {number} ({error}); mend the file") from None
+        raise UserError(f"{path}: is no UTF-8 text after {number + 1} rows ({error}); mend the file") from None
     if number < 0:
         raise UserError(f"{path}: holds no rows; write one per video")
 
@@ -159,7 +159,5 @@ def _chosen(rows: list[Row], split: str | None, source: Path) -> list[Row]:
         return rows
     chosen = [row for row in rows if row.split == split]
     if not chosen:
-        raise UserError(
-            f"--split {split}: {source} has no such rows; its splits are {', '.join(splits) or 'not named'}"
-        )
+        raise UserError(f"--split {split}: {source} has no such rows; splits: {', '.join(splits) or 'none'}")
     return chosen
