@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from sgmd_dist.data.video import (
@@ -166,6 +167,21 @@ def test_a_video_that_a_phone_took_upright_is_turned(
     assert (clip.height, clip.width, clip.stored) == (96, 64, (64, 96))
     shown = strongest(read(path, Bucket(13, 48, 32)))
     assert [shown[y][16] for y in (8, 24, 40)] == columns_become
+
+
+@pytest.mark.parametrize("tag, name", [(1, "ITU709"), (5, "ITU601")])
+def test_colours_are_those_that_the_file_s_matrix_says(tmp_path: Path, tag: int, name: str) -> None:
+    path, colour = tmp_path / "colour.mp4", [200, 40, 120]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = tag, 1
+        picture = np.full((32, 32, 3), colour, np.uint8)
+        for _ in range(13):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=name)))
+        container.mux(stream.encode())
+    assert (read(path, SQUARE)[5, 16, 16] - torch.tensor(colour)).abs().max() <= 2
 
 
 # Frame rates
