@@ -25,10 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from sgmd_dist.data.examine import build_index
 from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, read_json, write_negative_prompt
 from sgmd_dist.data.index import consolidate
 from sgmd_dist.data.manifest import Row
-from sgmd_dist.data.record import build_index, sidecar_path, sidecar_record
+from sgmd_dist.data.record import sidecar_path, sidecar_record
 from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.durable import lock, write_durably
 from sgmd_dist.errors import UserError
