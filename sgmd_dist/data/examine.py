@@ -7,8 +7,9 @@ import os
 import tarfile
 import zlib
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ class RawSample:
     """A sample's members as bytes: `tensors` in the order of the record's crc32, `description` its json or None."""
 
     layout: str
-    tensors: dict[str, tuple[tarfile.TarInfo, bytes]]
-    description: bytes | None
+    tensors: dict[str, tuple[tarfile.TarInfo, bytearray]]
+    description: bytearray | None
     pickles: list[str]
 
     @property
@@ -51,7 +52,7 @@ class RawSample:
         return place
 
 
-def read_sample(file: IO[bytes], key: str, members: Members, layout: str) -> RawSample:
+def read_sample(file: BufferedReader, key: str, members: Members, layout: str) -> RawSample:
     """Read a sample's members.
 
     Raises:
@@ -160,6 +161,10 @@ def build_index(tar_path: str | os.PathLike[str]) -> ShardRecord:
     return ShardRecord(path.name, path.stat().st_size, *kind, keys=list(scan.samples), layout=scan.layout, **places)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def _member_bytes(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
+def _member_bytes(file: BufferedReader, member: tarfile.TarInfo) -> bytearray:
+    """A member's content, to be looked into without another copy; the tar is known to be long enough."""
+    content = bytearray(member.size)
     file.seek(member.offset_data)
-    return file.read(member.size)
+    if (num_bytes := file.readinto(content)) != member.size:
+        raise CorruptSample(f"{member.name} ends after {num_bytes} of {member.size} bytes; write the shard again")
+    return content

@@ -141,7 +141,9 @@ def _span(name: str, entry: Any, start: int) -> TensorSpan:
 
 def is_counts(value: Any) -> bool:
     """Whether a JSON value is a list of integers >= 0 that a file can have bytes for (`true` is no integer)."""
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return min(value, default=0) >= 0 and max(value, default=0) < 1 << 63
 
 
 def brief(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,15 @@ class ShardRecord:
             return f"{bad} of {self.shard} is {brief(getattr(self, bad))}, expected integers >= 0"
         if len(self.latent_shape) != 4:
             return f"latent_shape of {self.shard} is {brief(self.latent_shape)}, expected [C, F, H, W]"
-        if not isinstance(self.keys, list) or not all(isinstance(key, str) for key in self.keys):
+        if not isinstance(self.keys, list) or not set(map(type, self.keys)) <= {str}:
             return f"keys of {self.shard} is {brief(self.keys)}, expected a list of texts"
         if any(len(value) != len(self.keys) for value in places.values()):
             return f"keys, {', '.join(list(places)[:-1])} and {list(places)[-1]} of {self.shard} differ in length"
-        for number, key in enumerate(self.keys):
-            ends = [self.offsets[number] + self.sizes[number]]
-            if self.layout != OWN_LAYOUT:
-                ends.append(self.embed_offsets[number] + self.embed_sizes[number])
-            if max(ends) > self.tar_bytes or self.crc32[number] >= 1 << 32:
-                return (
-                    f"sample {brief(key)} of {self.shard} ends at byte {max(ends)} of {self.tar_bytes}, or has no crc32"
-                )
+        ends = [(self.offsets, self.sizes), (self.embed_offsets, self.embed_sizes)]
+        if (end := max(max(map(add, *places), default=0) for places in ends)) > self.tar_bytes:
+            return f"a sample of {self.shard} ends at byte {end}, the tar at {self.tar_bytes}"
+        if max(self.crc32, default=0) >= 1 << 32:
+            return f"crc32 of {self.shard} holds {max(self.crc32)}, which takes more than 32 bits"
         return ""
 
     def foreign_place(self, number: int) -> ForeignPlace | None:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import braceexpand
 import torch
@@ -178,7 +178,7 @@ def _verify_shard(shard: _Shard, on_bytes: OnBytes) -> _Shard:
     return shard
 
 
-def _verify_samples(shard: _Shard, record: ShardRecord | None, file: IO[bytes], on_bytes: OnBytes) -> int:
+def _verify_samples(shard: _Shard, record: ShardRecord | None, file: BufferedReader, on_bytes: OnBytes) -> int:
     """Check every sample of the tar; returns the bytes that `on_bytes` was told of."""
     scan, done = scan_tar(shard.path, file), 0
     found = shard.found = replace(shard.found, layout=scan.layout)

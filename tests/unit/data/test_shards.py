@@ -323,6 +323,37 @@ def test_index_lists_of_different_lengths_are_refused(dataset: ShardIndex) -> No
         ShardIndex.open(dataset.folder)
 
 
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("shard", "../elsewhere.tar", r"shard is '\.\./elsewhere\.tar', .*expected a file name"),
+        ("shard", 3, "shard is 3, expected a text"),
+        ("bucket", "", "bucket is '', expected a text"),
+        ("has_latents", 1, "has_latents 1, expected .* a boolean"),
+        ("tar_bytes", -1, r"tar_bytes of shard-000001\.tar is -1, expected integers >= 0"),
+        ("embed_dim", 8.0, "embed_dim of .* is 8.0, expected integers >= 0"),
+        ("latent_shape", [4, 2, 3], r"latent_shape of .* is \[4, 2, 3\], expected \[C, F, H, W\]"),
+        ("keys", [1, 2, 3, 4, 5], r"keys of .* is \[1, 2, 3, 4, 5\], expected a list of texts"),
+        ("offsets", [True, 0, 0, 0, 0], r"offsets of .* is \[True, 0, 0, 0, 0\]"),
+        ("offsets", [1 << 64, 0, 0, 0, 0], "offsets of .* expected integers >= 0"),
+        ("sizes", [1 << 50, 0, 0, 0, 0], r"a sample of .* ends at byte \d+, the tar at \d+"),
+        ("crc32", [1 << 40, 0, 0, 0, 0], "crc32 of .* holds 1099511627776, which takes more than 32 bits"),
+        ("layout", "zip", "layout is 'zip', expected safetensors, fastgen or rcm"),
+        ("layout", "rcm", "keys, offsets, .*embed_offsets and embed_sizes of .* differ in length"),
+    ],
+)
+def test_values_that_no_writer_of_an_index_would_give_are_named(
+    dataset: ShardIndex, field: str, value: Any, message: str
+) -> None:
+    path = dataset.folder / "index.json"
+    index = json.loads(path.read_text())
+    index["shards"][1] |= {"embed_offsets": [], "embed_sizes": [], field: value}
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message) as error:
+        ShardIndex.open(dataset.folder)
+    assert "index.json: " in one_line(error) and "prepare.py index" in one_line(error)
+
+
 def test_a_bucket_has_one_latent_shape_and_all_shards_one_text_width(tmp_path: Path, samples: SimpleNamespace) -> None:
     samples.write_dataset(tmp_path / "a")
     for name, bucket, shape, width, message in (
