@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from file_server import FileServer, serving
+from forking import context, keep_what_was_imported
 
 from sgmd_dist.data.cache import ShardCache, Wanted, default_folder
 from sgmd_dist.data.record import ShardRecord, sidecar_record
@@ -231,7 +232,7 @@ def test_the_budget_holds_at_any_moment_with_many_at_once(
 
 
 def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
-    size = 192 * 2**20
+    size = 128 * 2**20
     folder = tmp_path / "large"
     folder.mkdir()
     with open(folder / "a.tar", "wb") as file:
@@ -242,7 +243,7 @@ def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             before = memory("VmRSS")
             assert cache.path(Wanted(Remote(address), "a", size)).stat().st_size == size
-            assert memory("VmHWM") - before < 48 * 2**20
+            assert memory("VmHWM") - before < 40 * 2**20
 
 
 def memory(what: str) -> int:
@@ -253,46 +254,41 @@ def memory(what: str) -> int:
 # Several at once
 
 
-ASK = """
-import json, os, sys
-from sgmd_dist.data.cache import ShardCache, Wanted
-from sgmd_dist.data.remote import Remote
-folder, max_bytes, url, num_bytes, numbers = json.loads(sys.argv[1])
-cache = ShardCache(folder, max_bytes)
-print("ready", flush=True)
-sys.stdin.readline()
-for number in numbers:
-    file = cache.open(Wanted(Remote(f"{url}/shard-{number}.tar"), f"{number:064}", num_bytes))
-    import hashlib
-    print(hashlib.sha256(os.pread(file, num_bytes, 0)).hexdigest(), flush=True)
-    os.close(file)
-"""
+def ask(folder: Path, max_bytes: int, url: str, numbers: list[int], begin: Barrier, answers: Connection) -> None:
+    """A process that asks for shards, in this order, and says what they hold."""
+    keep_what_was_imported()
+    cache = ShardCache(folder, max_bytes)
+    begin.wait()
+    for number in numbers:
+        file = cache.open(Wanted(Remote(f"{url}/{name_of(number)}"), f"{number:064}", NUM_BYTES))
+        answers.send(hashlib.sha256(os.pread(file, NUM_BYTES, 0)).hexdigest())
+        os.close(file)
 
 
-def asking(cache: ShardCache, server: FileServer, numbers: list[int]) -> subprocess.Popen[str]:
-    """A process that asks for shards, in this order, once it is sent a line."""
-    words = json.dumps([str(cache.folder), cache.max_bytes, server.url, NUM_BYTES, numbers])
-    return subprocess.Popen(
-        [sys.executable, "-c", ASK, words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
-def go(process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None and process.stdin is not None
-    assert process.stdout.readline() == "ready\n"
-    process.stdin.write("\n")
-    process.stdin.flush()
+def asking(
+    cache: ShardCache, server: FileServer, numbers: list[int], count: int
+) -> tuple[list[BaseProcess], list[Connection]]:
+    """`count` processes that have begun to `ask` at one moment, and the ends where they answer."""
+    begin, processes, ends = context.Barrier(count + 1), [], []
+    for _ in range(count):
+        end, answers = context.Pipe(duplex=False)
+        words = (cache.folder, cache.max_bytes, server.url, numbers, begin, answers)
+        processes.append(context.Process(target=ask, args=words))
+        processes[-1].start()
+        answers.close()
+        ends.append(end)
+    begin.wait(120)
+    return processes, ends
 
 
 def test_racing_processes_fetch_each_shard_once(cache: ShardCache, server: FileServer, source: Path) -> None:
     numbers = list(range(NUM_SHARDS))
-    processes = [asking(cache, server, numbers) for _ in range(2)]
-    for process in processes:
-        go(process)
-    for process in processes:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        assert out.split() == [hashlib.sha256((source / name_of(n)).read_bytes()).hexdigest() for n in numbers]
+    processes, ends = asking(cache, server, numbers, 4)
+    for process, end in zip(processes, ends, strict=True):
+        answers = [end.recv() for _ in numbers]
+        assert answers == [hashlib.sha256((source / name_of(n)).read_bytes()).hexdigest() for n in numbers]
+        process.join(60)
+        assert process.exitcode == 0
     assert server.asked == {f"GET /{name_of(n)}": 1 for n in numbers}
     assert tars(cache) == numbers and no_part_is_left(cache)
 
@@ -309,13 +305,13 @@ def test_a_killed_fetcher_harms_nothing(
     cache: ShardCache, wanted: Callable[[int], Wanted], server: FileServer, source: Path
 ) -> None:
     server.faults["/shard-0.tar"] = ["stall"]
-    with asking(cache, server, [0]) as process:
-        go(process)
-        wait_for(lambda: not server.faults["/shard-0.tar"])  # it is in the middle
-        (part,) = cache.folder.glob("*.part")
-        assert part.stat().st_size == NUM_BYTES
-        process.send_signal(signal.SIGKILL)
-    assert part.exists()
+    (process,), _ = asking(cache, server, [0], 1)
+    wait_for(lambda: not server.faults["/shard-0.tar"])  # it is in the middle
+    (part,) = cache.folder.glob("*.part")
+    assert part.stat().st_size == NUM_BYTES
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and part.exists()
     path = cache.path(wanted(0))
     assert path.read_bytes() == (source / name_of(0)).read_bytes()
     assert server.asked["GET /shard-0.tar"] == 2 and no_part_is_left(cache)
