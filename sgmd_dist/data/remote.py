@@ -86,8 +86,8 @@ class Remote:
 
     @property
     def parent(self) -> Remote:
-        """The folder of this file."""
-        return self._with_path(lambda path: path.rpartition("/")[0])
+        """The folder of this file; a command's is itself."""
+        return self if self.is_pipe else self._with_path(lambda path: path.rpartition("/")[0])
 
     def _spelled(self, name: str) -> str:
         return quote(name) if _is_http(self.url) else name

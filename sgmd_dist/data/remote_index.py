@@ -12,7 +12,7 @@ import braceexpand
 from sgmd_dist.data.cache import ShardCache
 from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME
 from sgmd_dist.data.record import ShardRecord
-from sgmd_dist.data.remote import Remote, RemoteMissing, is_remote
+from sgmd_dist.data.remote import Remote, RemoteMissing, is_remote, redacted
 from sgmd_dist.errors import UserError
 
 INDEX_NAME = "index.json"
@@ -44,9 +44,9 @@ def expanded(entry: str) -> list[str]:
     """
     try:
         return list(braceexpand.braceexpand(entry, escape=not is_remote(entry)))
-    except ValueError as error:
+    except ValueError:
         raise UserError(
-            f"data.shards: '{Remote(entry)}': {error}; a pattern is written shard-{{000..099}}.tar"
+            f"data.shards: '{redacted(entry)}': unbalanced braces; a pattern is written shard-{{000..099}}.tar"
         ) from None
 
 

@@ -73,7 +73,7 @@ class Room:
             if lock is None:
                 return False
             try:
-                with open(path, "rb") as file:
+                with open(path, "r+b") as file:  # for writing: NFS locks nothing else exclusively
                     if not also_open:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()

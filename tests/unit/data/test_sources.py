@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from safetensors.torch import load as load_safetensors
 
 from sgmd_dist.assemble import build_model
 from sgmd_dist.data import sources
+from sgmd_dist.data.digest import content_digest
 from sgmd_dist.data.sources import captions_of, check_sources, latent_shape_of, open_shards
 from sgmd_dist.data.world import World
 from sgmd_dist.errors import UserError
@@ -183,6 +185,46 @@ def test_sources_need_a_text_encoder(tiny_recipe: MakeRecipe, prompts: Path, sou
 
 def test_without_data_text_encoder_it_is_looked_for_in_the_pretrained_folder(tiny_recipe: MakeRecipe) -> None:
     assert message(tiny_recipe("data.text_encoder=null")).startswith("model.pretrained = None: data.shards = ")
+
+
+def test_the_encoders_content_decides_whether_shards_are_written_anew(
+    tiny_recipe: MakeRecipe, prompts: Path, wan_copy: Path, tmp_path: Path
+) -> None:
+    """Not its place, and no times: a moved or copied encoder is the same one, another one at the same place is not."""
+
+    def folder_with(encoder: Path) -> Path:
+        recipe = tiny_recipe(f"data.shards='prompts:{prompts}'", VIDEO, f"data.text_encoder={encoder}")
+        return open_shards(recipe, model_of(recipe)).folder
+
+    first = folder_with(wan_copy)
+    moved = wan_copy.rename(tmp_path / "moved")
+    for path in moved.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    assert folder_with(moved) == first
+    weights = moved / "text_encoder" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    second = folder_with(moved)
+    config = moved / "tokenizer" / "tokenizer_config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    assert len({first, second, folder_with(moved)}) == 3
+
+
+def test_the_digest_of_large_files_samples_them(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    data = bytearray(os.urandom(10 * 2**20))
+    digests = []
+    for change in (None, 10, len(data) - 1):  # in the header, at the end
+        if change is not None:
+            data[change] ^= 1
+        path.write_bytes(data)
+        digests.append(content_digest([tmp_path]))
+    path.write_bytes(data[: 2**20] + os.urandom(9 * 2**20))
+    digests.append(content_digest([tmp_path]))
+    path.rename(tmp_path / "other.safetensors")
+    digests.append(content_digest([tmp_path]))
+    assert len(set(digests)) == 5
 
 
 # Folders of shards
