@@ -132,3 +132,18 @@ def test_a_run_goes_on_with_another_micro_batch_in_the_middle_of_an_epoch(recipe
     assert checkpoint.read_meta(checkpoint.committed(run_dir)[-1]).stream["history"] == [
         {"lanes": 3, "micro_batch_size": 1, "window": 16, "units": 48}
     ]
+
+
+def test_a_run_mixes_its_shards_and_resumes(recipe_path: Path, shards: Path, tmp_path: Path) -> None:
+    """Two entries at 3 to 1, some 20 samples of each."""
+    one, two = sorted(str(path) for path in shards.glob("*.tar"))
+    mixed = [f"data.shards=[{one},{two}]", "data.weights=[3,1]", "data.max_samples=40", "objective.inner_sample=reuse"]
+    run_ranks(1, train, recipe_path, [*mixed, "run.steps=3"])
+    state = run_ranks(2, train, recipe_path, [*mixed, "run.steps=5"])[0]
+    quiet = run_ranks(1, train, recipe_path, [*mixed, "run.steps=5", f"run.dir={tmp_path}/quiet"])[0]
+    assert parameter_difference(state, quiet) < 1e-6
+    resumed, alone = metrics_of(recipe_path.parent / "run"), metrics_of(tmp_path / "quiet")
+    assert resumed == [pytest.approx(line, rel=1e-4) for line in alone]
+    assert resumed[-1]["data/unit"] == 60 and resumed[-1]["data/epoch/0"] >= 1
+    with pytest.raises(RankError, match=r"UserError: .*weights is None, the checkpoint's \[3.0, 1.0\] \(set data.weights"):
+        run_ranks(1, train, recipe_path, [mixed[0], *mixed[2:], "run.steps=6"])
