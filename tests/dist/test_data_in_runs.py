@@ -101,7 +101,7 @@ def test_one_rank_that_cannot_read_ends_all_soon_and_says_what_once(recipe_path:
     text = "".join(lines)
     where = f"sample '{index.keys[0]}' at offset {index.offset[0]}: crc32 is "
     assert torchrun.returncode != 0 and text.count(where) == 1 and f"error: {index.paths[0]}: {where}" in text
-    assert took < 60, "the other rank does not wait in a collective for its half hour"
+    assert took < 120, "the other rank does not wait in a collective for its half hour"
 
 
 class OtherShards(Trainer):
