@@ -26,6 +26,16 @@ def test_a_mean_is_over_the_records_and_a_sum_adds_them(metrics: Metrics) -> Non
     assert metrics.flush() == {"loss": 3.0, "passes": 9.0}
 
 
+def test_values_of_no_weight_count_for_nothing(metrics: Metrics) -> None:
+    """A mean is over what is valid, not over the records' means; a value without weight may be anything."""
+    metrics.record("loss", torch.tensor([1.0, 2.0, 6.0]), weight=torch.tensor([True, True, True]))
+    metrics.record("loss", torch.tensor([11.0, math.nan, math.inf]), weight=torch.tensor([True, False, False]))
+    metrics.record("none", torch.tensor([5.0, math.nan]), weight=torch.zeros(2, dtype=torch.bool))
+    metrics.record("broken", torch.tensor([1.0, math.nan]), weight=torch.ones(2))
+    values = metrics.flush()
+    assert values["loss"] == 5.0 and math.isnan(values["broken"]) and "none" not in values
+
+
 def test_a_flush_begins_anew(metrics: Metrics) -> None:
     metrics.record("loss", 1.0)
     metrics.flush()

@@ -135,17 +135,20 @@ def test_the_state_is_the_plan_the_data_and_one_integer(two_buckets: ShardIndex)
     with open_stream(two_buckets, dp_size=3, prefetch_units=9) as stream:
         take(stream, 2)
         assert stream.state_dict() == {
-            "version": 1,
+            "version": 2,
             "plan": 1,
             "seed": 3,
+            "weights": None,
+            "max_samples": None,
             "lanes": 4,
             "micro_batch_size": 2,
             "window": 6,
+            "history": [],
             "index_sha256": two_buckets.fingerprint,
             "unit": 6,
             "skipped": 0,
         }
-        assert (stream.unit, stream.epoch) == (6, 0)
+        assert (stream.unit, stream.epochs) == (6, [0])
 
 
 def test_a_state_of_another_run_is_refused_with_every_difference(two_buckets: ShardIndex, tmp_path: Path) -> None:
@@ -153,23 +156,23 @@ def test_a_state_of_another_run_is_refused_with_every_difference(two_buckets: Sh
         take(stream, 3)
         state = stream.state_dict()
         with pytest.raises(UserError) as error:
-            stream.load_state_dict({**state, "seed": 4, "lanes": 8, "index_sha256": "abc"})
+            stream.load_state_dict({**state, "seed": 4, "weights": [1.0], "index_sha256": "abc"})
         message = str(error.value)
         assert "seed is 3, the checkpoint's 4 (set run.seed" in message
-        assert "lanes is 4, the checkpoint's 8 (set data.lanes" in message
+        assert "weights is None, the checkpoint's [1.0] (set data.weights" in message
         assert f"index_sha256 is '{two_buckets.fingerprint}', the checkpoint's 'abc' (point data.shards" in message
         assert "window" not in message and "\n" not in message
         assert stream.state_dict() == state
-    for name, other in (("micro_batch_size", 1), ("window", 7), ("plan", 2), ("version", 2)):
+    for name, other in (("max_samples", 7), ("plan", 2), ("version", 3)):
         with pytest.raises(UserError, match=rf"{name} is .*, the checkpoint's {other} \("):
             open_stream(two_buckets).load_state_dict({**state, name: other})
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "3", None, True])
-@pytest.mark.parametrize("name", ["unit", "skipped"])
+@pytest.mark.parametrize("name", ["unit", "skipped", "lanes"])
 def test_a_position_that_is_no_count_is_refused(two_buckets: ShardIndex, name: str, value: object) -> None:
     stream = open_stream(two_buckets)
-    with pytest.raises(UserError, match=f"{name} is {value!r}, expected an integer >= 0"):
+    with pytest.raises(UserError, match=f"{name} is {value!r}, expected an integer >= {int(name == 'lanes')}"):
         stream.load_state_dict({**stream.state_dict(), name: value})
 
 
@@ -244,7 +247,9 @@ def test_skips_are_bounded_and_counted_over_restarts(dataset: ShardIndex) -> Non
         stream.load_state_dict(state)
         with pytest.raises(UserError, match=r"data\.max_skips: 2: 3 samples could not be read; .* sample 's00(12|03)'"):
             take(stream, 12)
-        assert stream.skipped == 2
+        assert stream.skipped == 3
+        with pytest.raises(UserError, match=r"data\.max_skips"):  # asking again does not pass it over
+            stream.next()
 
 
 def test_loading_a_position_clears_an_error(dataset: ShardIndex) -> None:
