@@ -4,6 +4,7 @@
 #   TORCH="torch==2.12.1"    the build of torch to install (default: 2.13.0, the CPU build where there is no NVIDIA GPU
 #                            and pip has one to offer: PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS may add a source)
 #   ARGS="-k flow"           more arguments for pytest
+#   WORKERS=4                processes that run tests at the same time (default: 2; 0: one test after the other)
 #   TRAIN_ARGS="run.steps=9" overrides for the demo's training; likewise EVALUATE_ARGS, and DEMO for its folder
 
 SHELL := /bin/sh
@@ -14,6 +15,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := 2.13.0
 ONE_THREAD := OMP_NUM_THREADS=1
 DEMO := runs/demo
+WORKERS := 2
+# A file's tests stay in one process, which keeps what they share; the long files of tests/cli and tests/dist go first.
+TOGETHER := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # An interpreter fits if its version does and it can make virtual environments (Debian splits ensurepip off).
 FITS := -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
@@ -64,7 +68,7 @@ demo: install ## distil a tiny video model on two ranks and score it: runs/demo
 	$(ONE_THREAD) $(BIN)/python launch/evaluate.py $(DEMO) $(EVALUATE_ARGS)
 
 test: install ## run the whole test suite
-	$(ONE_THREAD) $(BIN)/python -m pytest $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(TOGETHER) $(ARGS)
 
 lint: install ## ruff, pyright and the import contracts
 	$(BIN)/ruff check .

@@ -1,12 +1,129 @@
-"""Make data: the synthetic video world as shards, and the tiny text encoder that its captions need."""
+"""Make data: videos with captions, or captions alone, as shards; the synthetic video world, and its tiny text
+encoder. Index and verify shards.
+
+    torchrun --nproc-per-node=N launch/prepare.py videos MANIFEST|FOLDER OUT --pretrained DIR --buckets 81x480x832,...
+    torchrun --nproc-per-node=N launch/prepare.py prompts FILE OUT --pretrained DIR --video 81 480 832
+
+One process or many do `videos` and `prompts`. The same command, on any number of ranks, continues what was killed.
+Exit code 75: stopped by SIGTERM or SIGUSR1, with whole shards.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sgmd_dist.errors import reports_user_errors
+from sgmd_dist.errors import (
+    EXIT_DONE,
+    EXIT_FOUND_MISTAKES,
+    EXIT_PREEMPTED,
+    UserError,
+    positive_float,
+    positive_int,
+    reports_user_errors,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from sgmd_dist.data.manifest import Row
+    from sgmd_dist.data.preparation import RowEncoder
+
+DTYPES = ("bfloat16", "float32")
+
+
+def prepare_videos(args: argparse.Namespace) -> int:
+    import torch
+
+    from sgmd_dist.data.manifest import read_videos
+    from sgmd_dist.data.row_encoders import VideoRows, fingerprint, pretrained_fingerprint
+    from sgmd_dist.data.video import parse_buckets
+
+    buckets, manifest = parse_buckets(args.buckets), read_videos(args.source, args.split)
+    settings = {
+        "rows_sha256": fingerprint(manifest.rows),
+        "pretrained_sha256": pretrained_fingerprint(args.pretrained, ("vae", "text_encoder", "tokenizer")),
+        "buckets": sorted(bucket.name for bucket in buckets),
+        "fps": str(args.fps),
+        "vae_dtype": args.vae_dtype,
+        **_text_settings(args),
+    }
+
+    def load(device: torch.device) -> RowEncoder:
+        return VideoRows.load(
+            manifest,
+            args.pretrained,
+            buckets,
+            frames_per_second=args.fps,
+            negative_prompt=args.negative_prompt,
+            captions_at_once=args.text_batch,
+            device=device,
+            text_dtype=getattr(torch, args.text_dtype),
+            vae_dtype=getattr(torch, args.vae_dtype),
+            max_tokens=args.max_tokens,
+        )
+
+    return _prepare(args, manifest.rows, settings, load)
+
+
+def prepare_prompts(args: argparse.Namespace) -> int:
+    import torch
+
+    from sgmd_dist.data.encode import TextEncoder
+    from sgmd_dist.data.manifest import read_captions
+    from sgmd_dist.data.row_encoders import CaptionRows, fingerprint, pretrained_fingerprint, transformer_latents
+    from sgmd_dist.data.video import Bucket
+
+    rows = read_captions(args.source, args.split)
+    said = f"--video {' '.join(map(str, args.video))}"
+    latent_shape = transformer_latents(args.pretrained, Bucket(*args.video), said)
+    settings = {
+        "rows_sha256": fingerprint(rows),
+        "pretrained_sha256": pretrained_fingerprint(args.pretrained, ("text_encoder", "tokenizer")),
+        "latent_shape": list(latent_shape),
+        **_text_settings(args),
+    }
+
+    def load(device: torch.device) -> RowEncoder:
+        text_encoder = TextEncoder.from_pretrained(
+            args.pretrained, getattr(torch, args.text_dtype), device=device, max_tokens=args.max_tokens
+        )
+        return CaptionRows(
+            text_encoder, latent_shape, negative_prompt=args.negative_prompt, captions_at_once=args.text_batch
+        )
+
+    return _prepare(args, rows, settings, load)
+
+
+def _text_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {"text_dtype": args.text_dtype, "max_tokens": args.max_tokens, "negative_prompt": args.negative_prompt}
+
+
+def _prepare(
+    args: argparse.Namespace, rows: list[Row], settings: dict[str, Any], load: Callable[[torch.device], RowEncoder]
+) -> int:
+    from sgmd_dist.data.preparation import prepare
+    from sgmd_dist.parallel.mesh import process_group
+    from sgmd_dist.preemption import stop_requests
+
+    with process_group() as device, stop_requests() as stop:
+        summary = prepare(
+            args.out,
+            rows,
+            settings,
+            load(device),
+            shard_bytes=int(args.shard_megabytes * 2**20),
+            retry_skipped=args.retry_skipped,
+            stop=stop,
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{args.out}: {summary.text()}", flush=True)
+    return EXIT_PREEMPTED if summary.stopped else EXIT_DONE
 
 
 def prepare_world(args: argparse.Namespace) -> None:
@@ -26,22 +143,178 @@ def prepare_text_encoder(args: argparse.Namespace) -> None:
     print(f"{args.out}: tokenizer and text encoder of the moving-shapes world")
 
 
+def prepare_verify(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from sgmd_dist.data.verify import total_bytes, verify
+
+    with tqdm(total=total_bytes(args.shards), unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+        report = verify(args.shards, num_threads=args.threads, on_bytes=bar.update)
+    for mistake in report.mistakes:
+        print(mistake)
+    buckets = ", ".join(f"{bucket} {count}" for bucket, count in sorted(report.samples.items())) or "none"
+    size = f"{report.num_shards} shards, {report.num_bytes / 1e9:.3f} GB"
+    print(f"{len(report.mistakes) or 'no'} mistakes in {size}; good samples by bucket: {buckets}")
+    return EXIT_FOUND_MISTAKES if report.mistakes else EXIT_DONE
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser("verify", help="read shards whole and list everything that is wrong; exit code 1 then")
+    parser.add_argument("shards", nargs="+", help="data sets' folders, tars, or brace patterns of tars")
+    parser.add_argument("--threads", type=positive_int, default=len(os.sched_getaffinity(0)), help="shards at a time")
+    parser.set_defaults(run=prepare_verify)
+
+
+def prepare_index(args: argparse.Namespace) -> None:
+    import braceexpand
+    from tqdm import tqdm
+
+    from sgmd_dist.data.index import consolidate, write_sidecars
+
+    folders = [Path(entry) for entry in args.shards if not entry.endswith(".tar")]
+    tars = [Path(path) for entry in args.shards if entry.endswith(".tar") for path in braceexpand.braceexpand(entry)]
+    if missing := next((path for path in (*folders, *tars) if not path.exists()), None):
+        raise UserError(f"{missing}: no such folder or shard; give folders of tars, or tars")
+    for folder in folders:
+        with tqdm(total=len(list(folder.glob("*.tar"))), unit="shard", desc=str(folder), disable=None) as bar:
+            index = consolidate(folder, num_threads=args.threads, on_indexed=lambda _, bar=bar: bar.update())
+        counts = ", ".join(f"{bucket} {(index.bucket == i).sum()}" for i, bucket in enumerate(index.buckets))
+        print(f"{folder / 'index.json'}: {len(index.paths)} shards, {index.num_samples} samples by bucket: {counts}")
+        _write_missing_negative_prompt(folder, index.embed_dim, args)
+    if tars:
+        with tqdm(total=len(tars), unit="shard", desc="index", disable=None) as bar:
+            records = write_sidecars(tars, num_threads=args.threads, on_indexed=lambda _: bar.update())
+        print(f"{len(records)} shards indexed, {sum(len(record.keys) for record in records)} samples")
+
+
+def _write_missing_negative_prompt(folder: Path, embed_dim: int, args: argparse.Namespace) -> None:
+    from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
+    from sgmd_dist.data.foreign import read_negative_embeds
+    from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, write_negative_prompt
+
+    path = folder / NEGATIVE_PROMPT_NAME
+    if path.exists():
+        return
+    if args.negative_prompt_from is not None:
+        said = f"--negative-prompt-from {args.negative_prompt_from}"
+        embeds = read_negative_embeds(args.negative_prompt_from)
+    elif args.text_encoder is not None:
+        encoder = TextEncoder.from_pretrained(args.text_encoder)
+        said, embeds = f"--text-encoder {args.text_encoder}", encoder.encode([NEGATIVE_PROMPT])[0]
+    else:
+        print(f"{path}: missing, training needs it; call again with --negative-prompt-from or --text-encoder")
+        return
+    if embeds.shape[1] != embed_dim:
+        raise UserError(f"{said}: is {embeds.shape[1]} wide, the shards' prompt_embeds {embed_dim}; take theirs")
+    write_negative_prompt(folder, embeds)
+    print(f"{path}: written")
+
+
+def _add_index(commands: Any) -> None:
+    parser = commands.add_parser("index", help="index shards that have no index: ours, FastGen's, rCM's")
+    parser.add_argument("shards", nargs="+", help="folders of tars, or tars and brace patterns for sidecars alone")
+    parser.add_argument("--threads", type=positive_int, default=len(os.sched_getaffinity(0)), help="shards at a time")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument(
+        "--negative-prompt-from",
+        type=Path,
+        help="data set's folder, or .npy or .pt file, to copy it from where missing",
+    )
+    prompt.add_argument("--text-encoder", type=Path, help="diffusers folder to encode the negative prompt with")
+    parser.set_defaults(run=prepare_index)
+
+
+def frames_per_second(text: str) -> Fraction:
+    """An argument: a number or a fraction > 0, as 16 or 30000/1001."""
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if rate <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number > 0, as 16 or 30000/1001")
+    return rate
+
+
 @reports_user_errors
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True)
+def main() -> int | None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="videos|prompts|world|text-encoder|index|verify")
+    _add_videos(commands)
+    _add_prompts(commands)
+    _add_world(commands)
+    _add_text_encoder(commands)
+    _add_index(commands)
+    _add_verify(commands)
+    args = parser.parse_args()
+    return args.run(args)
+
+
+def _add_videos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    description = "encode videos and captions: latents and embeddings"
+    command = commands.add_parser("videos", help=description, description=description)
+    command.add_argument(
+        "source",
+        type=Path,
+        metavar="MANIFEST|FOLDER",
+        help=".jsonl or .csv with video, caption and perhaps split, paths from its own folder; or a folder of videos"
+        " with NAME.txt beside NAME.mp4",
+    )
+    command.add_argument("--buckets", required=True, help="frames x height x width, several: 81x480x832,81x832x480")
+    command.add_argument("--fps", type=frames_per_second, default=Fraction(16), help="of the samples; default: 16")
+    command.add_argument("--vae-dtype", choices=DTYPES, default="float32", help="default: float32")
+    _add_preparation(command)
+    command.set_defaults(run=prepare_videos)
+
+
+def _add_prompts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    description = "encode captions alone, for data-free distillation"
+    command = commands.add_parser("prompts", help=description, description=description)
+    command.add_argument(
+        "source", type=Path, metavar="FILE", help="one caption per line; or .jsonl or .csv with caption, perhaps split"
+    )
+    command.add_argument(
+        "--video",
+        type=positive_int,
+        nargs=3,
+        required=True,
+        metavar=("FRAMES", "HEIGHT", "WIDTH"),
+        help="of the videos that training rolls out",
+    )
+    _add_preparation(command)
+    command.set_defaults(run=prepare_prompts)
+
+
+def _add_preparation(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; begun before: continue")
+    command.add_argument("--pretrained", type=Path, required=True, help="local diffusers folder of the pipeline")
+    command.add_argument("--split", help="take the rows of this split")
+    command.add_argument("--negative-prompt", default="", metavar="TEXT", help="of guidance; default: none")
+    command.add_argument("--max-tokens", type=positive_int, default=512, help="of a caption; default: 512, Wan's")
+    command.add_argument("--text-dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    command.add_argument("--text-batch", type=positive_int, default=16, help="captions at once; default: 16")
+    command.add_argument(
+        "--shard-megabytes",
+        type=positive_float,
+        default=512.0,
+        help="a shard is closed at this size; a kill loses what each rank's unfinished ones hold; default: 512",
+    )
+    command.add_argument("--retry-skipped", action="store_true", help="try again what was skipped before")
+
+
+def _add_world(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     world = commands.add_parser("world", help="write the moving-shapes world as shards")
     world.add_argument("out", type=Path, help="folder for the shards")
     world.add_argument("--num-samples", type=int, default=4096)
     world.add_argument("--seed", type=int, default=0)
     world.add_argument("--text-encoder", type=Path, default=Path("recipes/tiny_wan"), help="diffusers folder")
     world.set_defaults(run=prepare_world)
+
+
+def _add_text_encoder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     encoder = commands.add_parser("text-encoder", help="write the world's tiny tokenizer and text encoder")
     encoder.add_argument("out", type=Path, help="diffusers folder to write into")
     encoder.add_argument("--seed", type=int, default=0)
     encoder.set_defaults(run=prepare_text_encoder)
-    args = parser.parse_args()
-    args.run(args)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
+from sgmd_dist.autoencoder import Autoencoder
 from sgmd_dist.errors import UserError
 
 ToRgb = Callable[[Tensor], Tensor]  # latents [C, F, H, W] -> uint8 [F', H', W', 3]
@@ -38,36 +35,7 @@ def decoder(pretrained: Path | None, device: torch.device | str = "cpu") -> ToRg
     """
     if pretrained is None or not (pretrained / "vae").is_dir():
         return latents_as_rgb
-    vae, mean, std = _load_vae(pretrained / "vae", device)
-
-    @torch.no_grad()
-    def decode(latents: Tensor) -> Tensor:
-        pixels = vae.decode((latents.to(device) * std + mean)[None]).sample[0]
-        return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
-
-    return decode
-
-
-def _load_vae(folder: Path, device: torch.device | str) -> tuple[Any, Tensor, Tensor]:
-    """The VAE with the mean and std of its latents, `[C, 1, 1, 1]`."""
-    try:
-        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
-        if name != AutoencoderKLWan.__name__:
-            raise ValueError(f"config.json describes {name}")
-        loaded: Any = AutoencoderKLWan.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        vae, report = loaded
-        if missing := sorted(report["missing_keys"]):  # diffusers would leave them random
-            raise ValueError(f"{len(missing)} tensors are missing, as {missing[0]}")
-        mean = torch.tensor(vae.config.latents_mean, device=device)[:, None, None, None]
-        std = torch.tensor(vae.config.latents_std, device=device)[:, None, None, None]
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{folder}: cannot be read as an {AutoencoderKLWan.__name__} ({why}); download it again"
-        ) from error
-    return vae.to(device).eval(), mean, std
+    return Autoencoder.load(pretrained / "vae", device).decode
 
 
 def write_video(path: Path, rgb: Tensor, frames_per_second: int = 16) -> None:

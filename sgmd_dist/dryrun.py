@@ -39,6 +39,7 @@ from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
 from sgmd_dist.objectives.base import Phase, StepState
 from sgmd_dist.parallel.mesh import Mesh, build_mesh
+from sgmd_dist.parallel.sequence import compare
 from sgmd_dist.planner.machine import GIB, Machine
 from sgmd_dist.planner.plan import make_plan
 from sgmd_dist.recipe import Recipe
@@ -201,12 +202,15 @@ class FakeBatches:
         self, recipe: Recipe, mesh: Mesh, latent_shape: LatentShape, text_dim: int, *, with_latents: bool
     ) -> None:
         self._size, self._tokens = recipe.data.micro_batch_size, recipe.model.text_tokens
-        self._unit, self._dp_size = mesh.dp_rank, mesh.dp_size
+        self._unit, self._dp_size, self._group = mesh.dp_rank, mesh.dp_size, mesh.sequence
         self._latent_shape, self._text_dim, self._with_latents = latent_shape, text_dim, with_latents
 
     def next(self) -> Batch:
         unit, size = self._unit, self._size
         self._unit += self._dp_size
+        valid = torch.ones(size, dtype=torch.bool)
+        if self._group is not None:
+            compare(valid, unit, self._group)
         return Batch(
             ids=tuple(SampleId(0, unit, row) for row in range(size)),
             keys=tuple(f"{unit}/{row}" for row in range(size)),
@@ -214,7 +218,7 @@ class FakeBatches:
             prompt_embeds=torch.empty(size, self._tokens, self._text_dim, dtype=torch.bfloat16),
             negative_embeds=torch.empty(1, self._tokens, self._text_dim, dtype=torch.bfloat16),
             latents=torch.empty(size, *self._latent_shape, dtype=torch.bfloat16) if self._with_latents else None,
-            valid=torch.ones(size, dtype=torch.bool),
+            valid=valid,
         )
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_DONE = 0
+EXIT_FOUND_MISTAKES = 1  # what the command was to check is wrong; it has said everything that is
 EXIT_WRONG_INPUT = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved and willing to continue; a batch script requeues on it
 

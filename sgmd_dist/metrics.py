@@ -31,15 +31,24 @@ class Metrics:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._weights: dict[str, Tensor] = {}
         self._reductions: dict[str, Reduction] = {}
         self._timers: dict[str, list[Timer]] = {}
 
-    def record(self, name: str, value: Tensor | float, reduce: Reduction = "mean") -> None:
-        """Add a scalar. `mean` averages over records and ranks; `sum` adds over records and ranks."""
+    def record(
+        self, name: str, value: Tensor | float, reduce: Reduction = "mean", weight: Tensor | None = None
+    ) -> None:
+        """Add a scalar, or several as `[B]`. `mean` averages over records and ranks; `sum` adds over both.
+
+        Args:
+            weight: `[B]`, how much each value counts; those of weight 0 may be anything, NaN too.
+        """
         value = torch.as_tensor(value, dtype=torch.float32, device=self._device).detach()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts[name] = self._counts.get(name, 0) + 1
+        weight = torch.ones_like(value) if weight is None else weight.to(self._device, torch.float32)
+        total = torch.where(weight > 0, value * weight, 0.0).sum()
+        known = name in self._sums
+        self._sums[name] = self._sums[name] + total if known else total
+        self._weights[name] = self._weights[name] + weight.sum() if known else weight.sum()
         self._reductions[name] = reduce
 
     @contextmanager
@@ -51,21 +60,22 @@ class Metrics:
         self._timers.setdefault(name, []).append(timer)
 
     def flush(self) -> dict[str, float]:
-        """Reduce over ranks, return the scalars by name, and begin anew."""
+        """Reduce over ranks, return the scalars by name, and begin anew. A mean of no weight is left out."""
         for name, timers in self._timers.items():
             for timer in timers:
                 self.record(name, timer.seconds())
-        names = list(self._sums)
+        names, reductions = list(self._sums), self._reductions
         if not names:
             return {}
-        packed = torch.stack([self._sums[name] / self._divisor(name) for name in names])
+        packed = torch.stack([*self._sums.values(), *self._weights.values()])
         dist.all_reduce(packed)
-        result = dict(zip(names, packed.tolist(), strict=True))
-        self._sums, self._counts, self._reductions, self._timers = {}, {}, {}, {}
-        return result
-
-    def _divisor(self, name: str) -> int:
-        return self._counts[name] * dist.get_world_size() if self._reductions[name] == "mean" else 1
+        self._sums, self._weights, self._reductions, self._timers = {}, {}, {}, {}
+        sums, weights = packed.view(2, -1).tolist()
+        return {
+            name: total if reductions[name] == "sum" else total / weight
+            for name, total, weight in zip(names, sums, weights, strict=True)
+            if weight > 0
+        }
 
 
 class Timer:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Protocol
 
 from torch import nn
@@ -13,7 +13,6 @@ from sgmd_dist.metrics import Metrics
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.objectives.base import Objective, Phase, StepState
 from sgmd_dist.parallel.mesh import Mesh
-from sgmd_dist.parallel.sequence import agree
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.roles import build_roles
 from sgmd_kernels import dispatch
@@ -54,6 +53,7 @@ class Stepper:
         self._batches = batches
         self._steps_since_taken = 0
         self._keeps_batches = False
+        self._waited_s = 0.0
 
     def train_step(self) -> None:
         """One optimizer step: the objective's phases in order."""
@@ -65,6 +65,8 @@ class Stepper:
             for phase in phases:
                 with self.metrics.timed(f"time/{phase.role}_s"):
                     self._train_phase(phase, state)
+        self.metrics.record("data/wait_s", self._waited_s)
+        self._waited_s = 0.0
         self.step += 1
         self._steps_since_taken += 1
 
@@ -78,7 +80,7 @@ class Stepper:
             loss = (losses.per_sample * batch.valid).mean()
             (loss / layout.accumulation).backward()
             for name, value in losses.metrics.items():
-                self.metrics.record(name, value)
+                self.metrics.record(name, value, weight=batch.valid)
         self._update(phase, state)
 
     def _update(self, phase: Phase, state: StepState) -> None:
@@ -92,8 +94,10 @@ class Stepper:
     def _batch(self, phase: Phase, state: StepState) -> Batch:
         if phase.data == "same":
             return state.batches[state.unit_index]
-        batch = self._batches.next().to(self.mesh.device)
-        batch = replace(batch, valid=agree(batch.valid, self.mesh.sequence))
+        begun = time.perf_counter()
+        batch = self._batches.next()
+        self._waited_s += time.perf_counter() - begun
+        batch = batch.to(self.mesh.device)
         if self._keeps_batches:
             state.batches.setdefault(state.unit_index, batch)
         return batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,12 +13,15 @@ from loguru import logger
 
 from sgmd_dist import checkpoint
 from sgmd_dist.assemble import build_model, build_networks, build_objective
+from sgmd_dist.batch import Batch
+from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.data.sources import open_shards
 from sgmd_dist.data.stream import Stream
 from sgmd_dist.durable import lock, write_durably
-from sgmd_dist.errors import EXIT_DONE, EXIT_PREEMPTED
+from sgmd_dist.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from sgmd_dist.metrics import RunLog
 from sgmd_dist.parallel.mesh import Mesh
+from sgmd_dist.parallel.sequence import agree
 from sgmd_dist.preemption import stop_requests
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import dump_recipe
@@ -41,7 +44,9 @@ class Trainer(Stepper):
         objective = build_objective(recipe)
         self.stream = open_stream(recipe, mesh)
         networks = build_networks(recipe, mesh, objective.roles)
-        super().__init__(recipe, mesh, objective, networks, self.stream)
+        self._retries_logged = 0
+        self._batches_read = _AgreedBatches(self.stream, mesh)
+        super().__init__(recipe, mesh, objective, networks, self._batches_read)
         self.saver = checkpoint.Saver(
             self.run_dir,
             recipe=dump_recipe(recipe),
@@ -81,10 +86,13 @@ class Trainer(Stepper):
         with log:
             while self.step < steps:
                 self.train_step()
-                stopping, failed = _any_rank(self._stop.is_set, self.saver.has_failed)
+                lost = self._batches_read.take_lost()
+                stopping, failed, num_lost = _over_ranks(self._stop.is_set, self.saver.has_failed, lost.count)
+                if num_lost:
+                    self.stream.settle(num_lost // self.mesh.layout.sequence_size, _from_all_ranks(lost.messages))
                 if failed:
                     self.saver.wait()  # raises, on every rank
-                self._log(log, at_once=stopping)
+                self._log(log, at_once=bool(stopping))
                 if self.step % every == 0 or self.step == steps or stopping:
                     self.save()
                 if stopping and self.step < steps:
@@ -104,7 +112,10 @@ class Trainer(Stepper):
         log.step()
         if self.step % self.recipe.run.log_every and self.step != self.recipe.run.steps and not at_once:
             return
-        self.metrics.record("data/unit", self.stream.state_dict()["unit"])
+        for name, value in _place(self.stream).items():
+            self.metrics.record(name, value)
+        self.metrics.record("data/retries", self.stream.retries - self._retries_logged, reduce="sum")
+        self._retries_logged = self.stream.retries
         log.write(self.step, self.take_scalars())
 
     def close(self) -> None:
@@ -115,10 +126,15 @@ class Trainer(Stepper):
 
 
 def open_stream(recipe: Recipe, mesh: Mesh) -> Stream:
-    """This rank's share of the recipe's data; the main rank makes the shards of prompts and worlds. Collective."""
+    """This rank's share of the recipe's data; the main rank makes the shards of prompts and worlds. Collective.
+
+    Raises:
+        UserError: shards are missing or do not fit, or are others on some ranks.
+    """
     data = recipe.data
     with _main_first(mesh):
         index = open_shards(recipe, build_model(recipe, "generator"))
+    _check_equal(index)
     return Stream(
         index,
         seed=recipe.run.seed,
@@ -130,15 +146,76 @@ def open_stream(recipe: Recipe, mesh: Mesh) -> Stream:
         dp_size=mesh.dp_size,
         on_error=data.on_error,
         max_skips=data.max_skips,
+        skips_are_shared=True,
+        weights=data.weights,
+        max_samples=data.max_samples,
         num_threads=data.threads,
+        check_crc=data.crc,
+        retries=data.retries,
+        read_timeout_s=data.read_timeout,
+        device=mesh.device,
     )
 
 
-def _any_rank(*values: bool) -> list[bool]:
-    """Which of the values are true on any rank. Collective."""
-    flags = torch.tensor(values, dtype=torch.int32)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
+@dataclass(frozen=True)
+class _Lost:
+    """Positions that the ranks of a sequence lost together, and what this rank has to say of them."""
+
+    count: int
+    messages: list[str]
+
+
+class _AgreedBatches:
+    """The stream's batches, valid where every rank of the sequence could read them."""
+
+    def __init__(self, stream: Stream, mesh: Mesh) -> None:
+        self._stream, self._group = stream, mesh.sequence
+        self._lost_by_others = 0
+
+    def next(self) -> Batch:
+        """The next batch of this rank. Collective over the ranks of its sequence."""
+        batch = self._stream.next()
+        valid = agree(batch.valid, self._stream.unit, self._group)
+        self._lost_by_others += int((batch.valid & ~valid).sum())
+        return replace(batch, valid=valid)
+
+    def take_lost(self) -> _Lost:
+        """What was lost since the last call: the same count on all ranks of the sequence."""
+        messages, others = self._stream.take_lost(), self._lost_by_others
+        self._lost_by_others = 0
+        return _Lost(len(messages) + others, messages)
+
+
+def _over_ranks(*values: int) -> list[int]:
+    """The sum of each value over all ranks. Collective."""
+    sums = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def _from_all_ranks(messages: list[str]) -> list[str]:
+    """The messages of all ranks in the ranks' order, each once. Collective."""
+    gathered: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, messages)
+    return list(dict.fromkeys(message for some in gathered for message in some))
+
+
+def _place(stream: Stream) -> dict[str, int]:
+    """Where the stream is and what it lost, as metrics: the epoch of each entry of data.shards where they are mixed."""
+    epochs = stream.epochs
+    named = {"data/epoch": epochs[0]} if len(epochs) == 1 else {f"data/epoch/{e}": n for e, n in enumerate(epochs)}
+    return {"data/unit": stream.unit, "data/skipped": stream.skipped, **named}
+
+
+def _check_equal(index: ShardIndex) -> None:
+    """Refuse a data set that is not the same on all ranks, as of copies on the nodes' own disks. Collective."""
+    fingerprints: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(fingerprints, index.fingerprint)
+    if others := [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]:
+        raise UserError(
+            f"data.shards: rank {others[0]} sees other samples than rank 0; give all nodes the same shards in the same"
+            " order"
+        )
 
 
 @contextmanager

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tarfile
-import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from sgmd_dist.data.format import (
-    TENSORS_SUFFIX,
-    CorruptSample,
-    check_key,
-    consolidate_call,
-    is_counts,
-    parse_safetensors,
-    read_json,
-)
+from sgmd_dist.data.foreign import FOREIGN_LAYOUTS, OWN_LAYOUT, ForeignPlace
+from sgmd_dist.data.format import brief, consolidate_call, is_counts, read_json
 from sgmd_dist.errors import UserError
 
 INDEX_VERSION = 1
-_TAR_BLOCK_BYTES = 512
+_FOREIGN_FIELDS = ("layout", "embed_offsets", "embed_sizes")
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One shard's part of the index. The four lists have an entry per sample, in the shard's order."""
+    """One shard's part of the index. The lists from `keys` on have an entry per sample, in the shard's order.
+
+    A shard of a foreign layout (sgmd_dist/data/foreign.py) has its embeddings in a member of their own: `offsets` and
+    `sizes` are the latents', `crc32` runs over the latents and then the embeddings, and these three fields are stored
+    only there.
+    """
 
     shard: str  # file name of the tar
     tar_bytes: int
@@ -42,24 +33,76 @@ class ShardRecord:
     offsets: list[int]  # of the safetensors member's data in the tar
     sizes: list[int]  # bytes
     crc32: list[int]
+    layout: str = OWN_LAYOUT
+    embed_offsets: list[int] = field(default_factory=list)
+    embed_sizes: list[int] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, value: Any, path: Path) -> ShardRecord:
         mend = f"delete it and {consolidate_call(path.parent)}"
-        names = [field.name for field in fields(cls)]
         if not isinstance(value, dict) or value.get("version") != INDEX_VERSION:
             found = value.get("version") if isinstance(value, dict) else value
-            raise UserError(f"{path}: index version is {found!r}, expected {INDEX_VERSION}; {mend}")
+            raise UserError(f"{path}: index version is {brief(found)}, expected {INDEX_VERSION}; {mend}")
+        names = [own.name for own in fields(cls) if own.name not in _FOREIGN_FIELDS]
+        if value.get("layout", OWN_LAYOUT) != OWN_LAYOUT:
+            names += _FOREIGN_FIELDS
         missing = [name for name in names if name not in value]
         if missing:
             raise UserError(f"{path}: index lacks {', '.join(missing)}; {mend}")
         record = cls(**{name: value[name] for name in names})
-        if not len(record.keys) == len(record.offsets) == len(record.sizes) == len(record.crc32):
-            raise UserError(f"{path}: keys, offsets, sizes and crc32 of {record.shard} differ in length; {mend}")
+        if wrong := record._wrong():
+            raise UserError(f"{path}: {wrong}; {mend}")
         return record
 
+    def _wrong(self) -> str:
+        """What of a record out of a file no writer of ours would have written; empty for a good one."""
+        if self.layout not in (OWN_LAYOUT, *FOREIGN_LAYOUTS):
+            return f"layout is {brief(self.layout)}, expected {OWN_LAYOUT}, {' or '.join(FOREIGN_LAYOUTS)}"
+        texts = {"shard": self.shard, "bucket": self.bucket}
+        if bad := next((name for name, value in texts.items() if not isinstance(value, str) or not value), None):
+            return f"{bad} is {brief(texts[bad])}, expected a text"
+        if "/" in self.shard or not isinstance(self.has_latents, bool):
+            return (
+                f"shard is {brief(self.shard)}, has_latents {brief(self.has_latents)}, expected a file name, a boolean"
+            )
+        counts = {"tar_bytes": [self.tar_bytes], "embed_dim": [self.embed_dim], "latent_shape": self.latent_shape}
+        places = {"offsets": self.offsets, "sizes": self.sizes, "crc32": self.crc32}
+        if self.layout != OWN_LAYOUT:
+            places |= {"embed_offsets": self.embed_offsets, "embed_sizes": self.embed_sizes}
+        if bad := next((name for name, value in (counts | places).items() if not is_counts(value)), None):
+            return f"{bad} of {self.shard} is {brief(getattr(self, bad))}, expected integers >= 0"
+        if len(self.latent_shape) != 4:
+            return f"latent_shape of {self.shard} is {brief(self.latent_shape)}, expected [C, F, H, W]"
+        if not isinstance(self.keys, list) or not all(isinstance(key, str) for key in self.keys):
+            return f"keys of {self.shard} is {brief(self.keys)}, expected a list of texts"
+        if any(len(value) != len(self.keys) for value in places.values()):
+            return f"keys, {', '.join(list(places)[:-1])} and {list(places)[-1]} of {self.shard} differ in length"
+        for number, key in enumerate(self.keys):
+            ends = [self.offsets[number] + self.sizes[number]]
+            if self.layout != OWN_LAYOUT:
+                ends.append(self.embed_offsets[number] + self.embed_sizes[number])
+            if max(ends) > self.tar_bytes or self.crc32[number] >= 1 << 32:
+                return (
+                    f"sample {brief(key)} of {self.shard} ends at byte {max(ends)} of {self.tar_bytes}, or has no crc32"
+                )
+        return ""
+
+    def foreign_place(self, number: int) -> ForeignPlace | None:
+        """Where the members of sample `number` lie, or None in our own layout."""
+        if self.layout == OWN_LAYOUT:
+            return None
+        return ForeignPlace(
+            (self.offsets[number], self.sizes[number]),
+            (self.embed_offsets[number], self.embed_sizes[number]),
+            self.crc32[number],
+        )
+
     def to_json(self) -> dict[str, Any]:
-        return {"version": INDEX_VERSION, **asdict(self)}
+        content = {"version": INDEX_VERSION, **asdict(self)}
+        if self.layout == OWN_LAYOUT:
+            for name in _FOREIGN_FIELDS:
+                del content[name]
+        return content
 
     def check_tar(self, tar_path: Path) -> None:
         """Raise `UserError` unless the tar is there with the indexed size."""
@@ -92,90 +135,3 @@ def sidecar_record(tar_path: Path) -> ShardRecord:
     record = ShardRecord.from_json(read_json(path, consolidate_call(tar_path.parent)), path)
     record.check_tar(tar_path)
     return record
-
-
-def tar_members(tar_path: Path, file: IO[bytes]) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """{key: {"json": member, "sample.safetensors": member, ...}} in tar order, of a whole, well-formed tar.
-
-    tarfile takes a damaged header or a cut at a member's boundary for the end of the archive, so the end is checked.
-    """
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    end, key = 0, "none"
-    mend = "restore the shard or write it again"
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                check_key(key, tar_path)
-                if extension in samples.setdefault(key, {}):
-                    raise UserError(
-                        f"{tar_path}: key '{key}' has two members {member.name}; give samples keys of their own"
-                    )
-                samples[key][extension] = member
-                end = member.offset_data + -(-member.size // _TAR_BLOCK_BYTES) * _TAR_BLOCK_BYTES
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{tar_path}: truncated or damaged after key '{key}' ({error}); {mend}") from error
-    file.seek(end)
-    rest = file.read()
-    if len(rest) < 2 * _TAR_BLOCK_BYTES or any(rest):
-        raise UserError(f"{tar_path}: no end of archive at byte {end}, truncated or damaged after key '{key}'; {mend}")
-    return samples
-
-
-def build_index(tar_path: str | os.PathLike[str]) -> ShardRecord:
-    """Index a tar that has no sidecar by reading it whole.
-
-    Raises `UserError` naming the shard and the key for a truncated or damaged tar, a duplicate key, a sample without
-    its json or safetensors member, or samples that do not belong into one shard.
-    """
-    path = Path(tar_path)
-    record: ShardRecord | None = None
-    with open(path, "rb") as file:
-        for key, members in tar_members(path, file).items():
-            for extension in ("json", TENSORS_SUFFIX):
-                if extension not in members:
-                    raise UserError(f"{path}: sample '{key}' has no member {key}.{extension}; write the shard again")
-            description, data = (_member_bytes(file, members[name]) for name in ("json", TENSORS_SUFFIX))
-            try:
-                shared = _describe(json.loads(description), parse_safetensors(memoryview(data)))
-            except ValueError as error:  # UserErrors and JSON errors alike
-                raise CorruptSample(f"{path}: sample '{key}': {error}; write the shard again") from error
-            if record is None:
-                record = ShardRecord(path.name, path.stat().st_size, *shared, [], [], [], [])
-            expected = (record.bucket, record.latent_shape, record.has_latents, record.embed_dim)
-            if shared != expected:
-                raise UserError(
-                    f"{path}: sample '{key}' has (bucket, latent shape, latents, D) {shared}, the shard's first sample "
-                    f"{expected}; put samples of one kind into one shard"
-                )
-            _append(record, key, members[TENSORS_SUFFIX].offset_data, data)
-    if record is None:
-        raise UserError(f"{path}: holds no samples; delete it")
-    return record
-
-
-def _member_bytes(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
-    file.seek(member.offset_data)
-    return file.read(member.size)
-
-
-def _append(record: ShardRecord, key: str, offset: int, data: bytes) -> None:
-    record.keys.append(key)
-    record.offsets.append(offset)
-    record.sizes.append(len(data))
-    record.crc32.append(zlib.crc32(data))
-
-
-def _describe(description: Any, tensors: dict[str, Tensor]) -> tuple[str, list[int], bool, int]:
-    """(bucket, latent shape, has latents, D) of a sample."""
-    if not isinstance(description, dict) or not isinstance(description.get("bucket"), str):
-        raise UserError("its json has no text field 'bucket'")
-    latents, embeds = tensors.get("latents"), tensors.get("prompt_embeds")
-    shape = description.get("latent_shape") if latents is None else list(latents.shape)
-    if not is_counts(shape) or len(shape) != 4:  # pyright: ignore[reportArgumentType]
-        raise UserError(f"latent shape is {shape!r}, expected [C, F, H, W] from 'latents' or the json's latent_shape")
-    if embeds is None or embeds.ndim != 2:
-        raise UserError("it has no 'prompt_embeds' [n_tokens, D]")
-    if any(t is not None and t.dtype != torch.bfloat16 for t in (latents, embeds)):
-        raise UserError("'latents' and 'prompt_embeds' must be bfloat16")
-    return description["bucket"], shape, latents is not None, embeds.shape[1]  # pyright: ignore[reportReturnType]

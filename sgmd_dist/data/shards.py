@@ -29,7 +29,8 @@ from torch import Tensor
 from webdataset.writer import TarWriter
 
 from sgmd_dist.data.format import TENSORS_SUFFIX, check_key
-from sgmd_dist.data.record import ShardRecord, sidecar_path, tar_members
+from sgmd_dist.data.members import tar_members
+from sgmd_dist.data.record import ShardRecord, sidecar_path
 from sgmd_dist.durable import publish, write_durably
 from sgmd_dist.errors import UserError
 

@@ -2,10 +2,13 @@
 
 `world:moving_shapes`   the synthetic video world, with latents
 `prompts:FILE`          one caption per line, for data-free distillation; the latent shape comes from `data.video`
+
+Shards that lie elsewhere go through the node cache (sgmd_dist/data/cache.py).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -13,9 +16,12 @@ from pathlib import Path
 
 import torch
 
+from sgmd_dist.data.cache import ShardCache
+from sgmd_dist.data.digest import content_digest
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.format import write_negative_prompt
 from sgmd_dist.data.index import ShardIndex, consolidate
+from sgmd_dist.data.remote import redacted
 from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.data.world import World, write_world_shards
 from sgmd_dist.errors import UserError
@@ -24,9 +30,11 @@ from sgmd_dist.recipe import Recipe, shard_list
 
 WORLD = "world:"
 PROMPTS = "prompts:"
+TEXT_PARTS = ("text_encoder", "tokenizer")
 WORLDS = {"moving_shapes": World}
 WORLD_SAMPLES = 4096
 WORLD_SEED = 0
+MAX_SILENCE_S = 60.0  # of a server or a command, before it has failed
 
 
 def open_shards(recipe: Recipe, model: VideoModel) -> ShardIndex:
@@ -37,9 +45,22 @@ def open_shards(recipe: Recipe, model: VideoModel) -> ShardIndex:
     """
     check_sources(recipe, model)
     paths = [str(_materialize(source, recipe, model)) for source in shard_list(recipe.data.shards)]
-    index = ShardIndex.open(paths)
+    index = ShardIndex.open(paths, shard_cache(recipe))
     _check_fit(index, recipe, model)
+    index.negative_prompt()
     return index
+
+
+def shard_cache(recipe: Recipe) -> ShardCache:
+    """The node cache that `data.cache` and `data.cache_gb` describe; one for all who ask in this process."""
+    data = recipe.data
+    silence_s = min(MAX_SILENCE_S, data.read_timeout)
+    return _shard_cache(data.cache, int(data.cache_gb * 1e9), silence_s, data.retries)
+
+
+@functools.lru_cache(maxsize=16)
+def _shard_cache(folder: str | None, max_bytes: int, silence_s: float, retries: int) -> ShardCache:
+    return ShardCache(folder, max_bytes, silence_s=silence_s, retries=retries)
 
 
 def check_sources(recipe: Recipe, model: VideoModel, needs_latents: str | None = None) -> None:
@@ -53,12 +74,15 @@ def check_sources(recipe: Recipe, model: VideoModel, needs_latents: str | None =
     """
     if recipe.data.video is not None:
         _video_shape(recipe, model)
-    for source in shard_list(recipe.data.shards):
+    sources = shard_list(recipe.data.shards)
+    for source in sources:
         if not _check_source(source, recipe, model) and needs_latents is not None:
             raise UserError(
-                f"data.shards = '{source}': {needs_latents} needs latents, this holds captions only; name shards with"
-                " latents or change that key"
+                f"data.shards = '{redacted(source)}': {needs_latents} needs latents, this holds captions only; name"
+                " shards with latents or change that key"
             )
+    if not any(source.startswith((WORLD, PROMPTS)) for source in sources):  # these write one
+        ShardIndex.open(sources, shard_cache(recipe)).negative_prompt()
 
 
 def _check_source(source: str, recipe: Recipe, model: VideoModel) -> bool:
@@ -73,7 +97,7 @@ def _check_source(source: str, recipe: Recipe, model: VideoModel) -> bool:
         if recipe.data.video is None:
             raise UserError(f"data.shards = '{source}': set data.video to num_frames, height and width of the videos")
         return False
-    index = ShardIndex.open(source)
+    index = ShardIndex.open(source, shard_cache(recipe))
     _check_fit(index, recipe, model)
     return all(index.has_latents(bucket) for bucket in index.buckets)
 
@@ -96,7 +120,8 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
         def write(to: Path, encoder: TextEncoder) -> None:
             write_prompt_shards(to, captions, encoder, shape)
 
-    digest = hashlib.sha256(json.dumps([*facts, str(encoder_folder.resolve())]).encode()).hexdigest()[:12]
+    facts.append(content_digest(encoder_folder / part for part in TEXT_PARTS))
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = Path(recipe.run.dir) / "cache" / f"{source.partition(':')[0]}-{digest}"
     if (folder / "index.json").exists():
         return folder
@@ -123,7 +148,7 @@ def captions_of(recipe: Recipe, file: Path | None = None) -> list[str]:
         return _world(source).captions()
     if source.startswith(PROMPTS):
         return captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
-    raise UserError(f"data.shards = '{source}': name the captions with --prompts FILE, one per line")
+    raise UserError(f"data.shards = '{redacted(source)}': name the captions with --prompts FILE, one per line")
 
 
 def latent_shape_of(recipe: Recipe, model: VideoModel) -> LatentShape:
@@ -133,7 +158,7 @@ def latent_shape_of(recipe: Recipe, model: VideoModel) -> LatentShape:
         return _video_shape(recipe, model)
     if source.startswith(WORLD):
         return _world(source).latent_shape
-    index = ShardIndex.open(source)
+    index = ShardIndex.open(source, shard_cache(recipe))
     return index.latent_shape(index.buckets[0])
 
 
@@ -179,11 +204,10 @@ def _text_encoder_folder(recipe: Recipe) -> Path:
     key, folder = "data.text_encoder", recipe.data.text_encoder
     if folder is None:
         key, folder = "model.pretrained", recipe.model.pretrained
-    parts = ("text_encoder", "tokenizer")
-    if folder is None or not all((Path(folder) / part).is_dir() for part in parts):
+    if folder is None or not all((Path(folder) / part).is_dir() for part in TEXT_PARTS):
         raise UserError(
-            f"{key} = {folder!r}: data.shards = {recipe.data.shards!r} needs a text encoder; set data.text_encoder to a"
-            " diffusers folder with text_encoder/ and tokenizer/"
+            f"{key} = {folder!r}: data.shards = {_shown(recipe.data.shards)} needs a text encoder; set"
+            " data.text_encoder to a diffusers folder with text_encoder/ and tokenizer/"
         )
     return Path(folder)
 
@@ -195,11 +219,10 @@ def _video_shape(recipe: Recipe, model: VideoModel) -> LatentShape:
 
 
 def _check_fit(index: ShardIndex, recipe: Recipe, model: VideoModel) -> None:
-    width = index.negative_prompt().shape[-1]
-    if width != model.text_dim():
+    if index.embed_dim != model.text_dim():
         raise UserError(
-            f"data.shards = {recipe.data.shards!r}: prompt embeddings are {width} wide, the model's text_dim is"
-            f" {model.text_dim()}; prepare the shards with this model's text encoder"
+            f"data.shards = {_shown(recipe.data.shards)}: prompt embeddings are {index.embed_dim} wide, the model's"
+            f" text_dim is {model.text_dim()}; prepare the shards with this model's text encoder"
         )
     for bucket in index.buckets:
         _check_latents(recipe.data.shards, f"bucket {bucket}", index.latent_shape(bucket), model)
@@ -210,6 +233,11 @@ def _check_latents(shards: str | list[str], what: str, shape: LatentShape, model
     divides = all(size % unit == 0 for size, unit in zip(shape[1:], smallest[1:], strict=True))
     if shape[0] != smallest[0] or not divides:
         raise UserError(
-            f"data.shards = {shards!r}: {what} has latents {shape}; the model takes {smallest[0]} channels and frames,"
-            f" height, width in multiples of {smallest[1:]}; use the model that the data are for, or other data"
+            f"data.shards = {_shown(shards)}: {what} has latents {shape}; the model takes {smallest[0]} channels and"
+            f" frames, height, width in multiples of {smallest[1:]}; use the model that the data are for, or other data"
         )
+
+
+def _shown(shards: str | list[str]) -> str:
+    """`data.shards` for messages."""
+    return repr(redacted(shards) if isinstance(shards, str) else [redacted(source) for source in shards])

@@ -10,13 +10,13 @@ import time
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 import torch
 
 from sgmd_dist.data.buffers import Bytes
+from sgmd_dist.data.foreign import fill_foreign
 from sgmd_dist.data.format import CorruptSample, TensorSpan, safetensors_header_bytes, safetensors_layout
 from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.errors import UserError
@@ -137,15 +137,11 @@ class Worker(threading.Thread):
 
     def _file(self, shard: int) -> int:
         if shard not in self._descriptors:
-            path = self._local_path(shard)
             while len(self._descriptors) >= _OPEN_FILES_PER_THREAD:
                 os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[shard] = self._index.open_shard(shard)
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
-
-    def _local_path(self, shard: int) -> Path:
-        return self._index.paths[shard]
 
     def _close(self, shard: int) -> None:
         descriptor = self._descriptors.pop(shard, None)
@@ -153,6 +149,10 @@ class Worker(threading.Thread):
             os.close(descriptor)
 
     def _fill(self, job: Job, file: int) -> None:
+        if (place := self._index.foreign_place(job.sample)) is not None:
+            width, check_crc = self._index.embed_dim, self._options.check_crc
+            fill_foreign(file, place, job.latent_shape, width, job.latents, job.text, check_crc=check_crc)
+            return
         offset, size = int(self._index.offset[job.sample]), int(self._index.size[job.sample])
         head = np.empty(min(_HEAD_BYTES, size), dtype=np.uint8)
         _read_into(file, [head], offset)

@@ -161,10 +161,10 @@ class Distillation:
         if self.section.inner_sample == "reuse":
             state.samples[state.unit_index] = x_g.detach()
         losses = self.generator_loss(roles, batch, state, x_g)
-        losses.metrics["generator/latent_motion"] = latent_motion(x_g).mean()
+        losses.metrics["generator/latent_motion"] = latent_motion(x_g)
         if extra is not None:
             losses.per_sample = losses.per_sample + extra.weight * extra.per_sample
-            losses.metrics["generator/diversity"] = extra.per_sample.detach().mean()
+            losses.metrics["generator/diversity"] = extra.per_sample.detach()
         return losses
 
     def _fake_phase(self, roles: Roles, batch: Batch, state: StepState, *, update: int) -> Losses:
@@ -179,7 +179,7 @@ class Distillation:
         at = self.renoise([fake_score], x_g, batch, state, "fake", update)
         velocity = fake_score(at.x_sigma, at.sigma, batch.prompt_embeds, at.level)
         loss = self.fake_loss(velocity, at.noise, x_g, state.step)
-        return Losses(loss, {"fake_score/loss": loss.detach().mean()})
+        return Losses(loss, {"fake_score/loss": loss.detach()})
 
     def _rollout(
         self,
@@ -279,10 +279,10 @@ def teacher_distance(x_g: Tensor, x0_teacher: Tensor) -> Tensor:
 
 
 def score_metrics(x_g: Tensor, x0_fake: Tensor, x0_teacher: Tensor, normalizer: Tensor) -> dict[str, Tensor]:
-    """Scalars to watch: the fake's tracking residual ½ (f_F - x_g)² / n and the gap mean |f_T - f_F|."""
+    """What to watch, `[B]` each: the fake's tracking residual ½ (f_F - x_g)² / n and the gap mean |f_T - f_F|."""
     residual = per_sample_mean((x0_fake.detach() - x_g.detach()) ** 2) / (2 * (normalizer + NORMALIZER_EPS))
     return {
-        "fake_score/residual": residual.mean(),
-        "generator/teacher_fake_gap": (x0_fake.detach() - x0_teacher).abs().mean(),
-        "generator/teacher_distance": normalizer.mean(),
+        "fake_score/residual": residual,
+        "generator/teacher_fake_gap": per_sample_mean((x0_fake.detach() - x0_teacher).abs()),
+        "generator/teacher_distance": normalizer,
     }

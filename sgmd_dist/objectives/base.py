@@ -19,7 +19,7 @@ from sgmd_dist.roles import Roles
 
 @dataclass
 class Losses:
-    """What a micro-batch gives: the loss per sample `[B]` with its graph, and scalars for the metrics."""
+    """What a micro-batch gives: the loss per sample with its graph, and values for the metrics; all are `[B]`."""
 
     per_sample: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)

@@ -58,7 +58,7 @@ class Dmd2(Distillation):
             n = teacher_distance(x_g, x0_teacher)
             gradient = dmd_gradient(x0_fake, x0_teacher, n)
         loss = dmd_loss(x_g, gradient)
-        metrics = {"generator/dmd": loss.detach().mean(), **score_metrics(x_g, x0_fake, x0_teacher, n)}
+        metrics = {"generator/dmd": loss.detach(), **score_metrics(x_g, x0_fake, x0_teacher, n)}
         return Losses(loss, metrics)
 
     def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:

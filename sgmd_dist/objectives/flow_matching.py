@@ -60,7 +60,7 @@ class FlowMatching:
         sigma = flow.shifted_sigma(u, self.section.sigma_shift, lowest, highest)
         velocity = generator(flow.add_noise(x0, noise, sigma), sigma, self._captions(batch, seed), lowest)
         loss = flow_matching_loss(velocity, x0, noise)
-        return Losses(loss, {"generator/loss": loss.detach().mean()})
+        return Losses(loss, {"generator/loss": loss.detach()})
 
     def _levels(self, boundaries: Sequence[float], state: StepState) -> tuple[float, float]:
         """The noise levels of one expert, by their probability: a draw per exit group, equal on all ranks, since it

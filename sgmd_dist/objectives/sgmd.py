@@ -114,12 +114,12 @@ class Sgmd(Distillation):
             fisher, nr = fisher_loss(x0_fake, x0_teacher, n), nr_loss(x0_fake, x_g, at.sigma)
             loss = fisher_weight * fisher - nr_weight * nr
         metrics = {
-            "generator/fisher": fisher.detach().mean(),
-            "generator/nr": nr.detach().mean(),
+            "generator/fisher": fisher.detach(),
+            "generator/nr": nr.detach(),
             **score_metrics(x_g, x0_fake, x0_teacher, n),
         }
         if fisher_weight > 0:
-            metrics["generator/alpha"] = alpha(n, at.sigma, nr_weight, fisher_weight).mean()
+            metrics["generator/alpha"] = alpha(n, at.sigma, nr_weight, fisher_weight)
         return Losses(loss, metrics)
 
     def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:

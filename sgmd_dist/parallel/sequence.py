@@ -159,13 +159,30 @@ class SequenceAxis:
         return attention(q, k, v, backend=self._backend)
 
 
-def agree(valid: Tensor, group: SequenceGroup | None) -> Tensor:
-    """`[B]` bool: True where it is on every rank of the group, which must all weigh a sample alike."""
+def agree(valid: Tensor, unit: int, group: SequenceGroup | None) -> Tensor:
+    """`[B]` bool: True where it is on every rank of the group, which must all weigh a sample alike.
+
+    Args:
+        valid: `[B]` bool, in host memory: the devices are not waited for.
+        unit: the number of the unit that this rank holds.
+
+    Raises:
+        RuntimeError: the ranks hold different units.
+    """
     if group is None:
         return valid
-    agreed = valid.to(torch.int32)
-    dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=process_group_of(group.whole))
-    return agreed.bool()
+    facts = compare(valid, unit, group)
+    lowest, highest = int(facts[0]), -int(facts[1])
+    if lowest != highest:
+        raise RuntimeError(f"ranks of one sequence hold units {lowest} to {highest} of the data: they must hold one")
+    return facts[2:].bool()
+
+
+def compare(valid: Tensor, unit: int, group: SequenceGroup) -> Tensor:
+    """The collective of `agree`: `[2 + B]` integers, the smallest of unit, -unit and `valid` in the group."""
+    facts = torch.cat([torch.tensor([unit, -unit]), valid.long()])
+    dist.all_reduce(facts, op=dist.ReduceOp.MIN, group=process_group_of(group.whole))
+    return facts
 
 
 def _fill_up(x: Tensor, dim: int, length: int) -> Tensor:

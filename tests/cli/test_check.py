@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import run
+from commands import run, run_forked
 
 
 def test_a_missing_model_folder_is_one_message_that_names_the_key() -> None:
-    done = run("python launch/train.py recipes/sgmd.yaml --check")
+    done = run_forked("python launch/train.py recipes/sgmd.yaml --check")
     assert done.code == 2
     (error,) = done.output.strip().splitlines()
     assert "model.pretrained = 'models/Wan2.1-T2V-14B-Diffusers': no such folder" in error
@@ -19,14 +19,14 @@ def test_a_missing_model_folder_is_one_message_that_names_the_key() -> None:
 
 def test_a_local_model_folder_passes_and_the_plan_is_printed(local_wan: Path) -> None:
     model = f"model.pretrained={local_wan} model.config=null"
-    done = run(f"python launch/train.py recipes/sgmd.yaml --check --world-size 64 {model}")
+    done = run_forked(f"python launch/train.py recipes/sgmd.yaml --check --world-size 64 {model}")
     assert done.code == 0, done.output
     assert "ranks       64 = dp_replicate 1 x dp_shard 64 x ring 1 x ulysses 1" in done.output
     assert "batch       global 256 = micro 1 x data parallel 64 x accumulation 4" in done.output
 
 
 def test_a_folder_of_another_architecture_than_the_recipe_s_is_refused(local_wan: Path) -> None:
-    done = run(f"python launch/train.py recipes/sgmd.yaml --check model.pretrained={local_wan}")
+    done = run_forked(f"python launch/train.py recipes/sgmd.yaml --check model.pretrained={local_wan}")
     assert done.code == 2
     assert "config.json has num_attention_heads = 2, expected model.config.num_attention_heads = 40" in done.output
 
@@ -37,7 +37,7 @@ def test_the_plan_explains_the_layout_of_a_sequence(local_wan: Path) -> None:
         "--world-size 64 parallel.ulysses=8 parallel.ring=2",
         f"model.pretrained={local_wan} model.config=null",
     )
-    done = run(f"python launch/train.py recipes/sgmd.yaml --check {layout} {model}")
+    done = run_forked(f"python launch/train.py recipes/sgmd.yaml --check {layout} {model}")
     assert done.code == 0, done.output
     assert "tokens      32760 of latents 16x21x60x104: 2048 per rank on 16, padding 0.02%" in done.output
     assert "2 heads: 1 per rank on 8, padding 75.00%" in done.output
@@ -57,7 +57,7 @@ def test_the_plan_explains_the_layout_of_a_sequence(local_wan: Path) -> None:
     ],
 )
 def test_a_wrong_recipe_is_refused_before_anything_starts(arguments: str, message: str) -> None:
-    done = run(f"python launch/train.py {arguments} --check")
+    done = run_forked(f"python launch/train.py {arguments} --check")
     assert done.code == 2, done.output
     assert len(done.errors()) == 1 and message in done.errors()[0], done.output
 
@@ -71,7 +71,7 @@ def test_a_wrong_recipe_is_refused_before_anything_starts(arguments: str, messag
     ],
 )
 def test_a_dry_run_that_cannot_be_is_refused(arguments: str, message: str) -> None:
-    done = run(f"python launch/train.py recipes/tiny_sgmd.yaml --dry-run {arguments}")
+    done = run_forked(f"python launch/train.py recipes/tiny_sgmd.yaml --dry-run {arguments}")
     assert done.code == 2, done.output
     assert len(done.errors()) == 1 and message in done.errors()[0], done.output
 
@@ -87,7 +87,7 @@ def test_a_dry_run_that_cannot_be_is_refused(arguments: str, message: str) -> No
     ],
 )
 def test_wrong_inputs_of_the_other_commands_are_one_message_too(command: str, message: str, tmp_path: Path) -> None:
-    done = run(command.format(folder=tmp_path))
+    done = run_forked(command.format(folder=tmp_path))
     assert done.code == 2, done.output
     assert len(done.errors()) == 1 and message in done.errors()[0], done.output
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from commands import run
+from commands import run_forked
 
 
 def test_the_shipped_recipe_fits_its_machine_without_its_folder(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    done = run(
+    done = run_forked(
         f"python launch/plan.py recipes/sgmd.yaml --nodes 8 --gpus-per-node 8 --gpu-memory 80 --json {file}"
         " --bandwidth 200/25 --mfu 0.5"
     )
@@ -22,18 +22,18 @@ def test_the_shipped_recipe_fits_its_machine_without_its_folder(tmp_path: Path) 
 
 
 def test_what_does_not_fit_is_told_what_would() -> None:
-    done = run("python launch/plan.py recipes/sgmd_wan2.1_1.3b.yaml parallel.activation_checkpointing=none")
+    done = run_forked("python launch/plan.py recipes/sgmd_wan2.1_1.3b.yaml parallel.activation_checkpointing=none")
     assert done.code == 0, done.output
     assert "DOES NOT FIT" in done.output
     assert "It fits with parallel.activation_checkpointing=block" in done.output
 
 
 def test_a_machine_that_does_not_divide_is_one_message() -> None:
-    done = run("python launch/plan.py recipes/sgmd_wan2.1_1.3b.yaml --nodes 5")
+    done = run_forked("python launch/plan.py recipes/sgmd_wan2.1_1.3b.yaml --nodes 5")
     assert done.code == 2
     assert len(done.errors()) == 1 and "data.global_batch_size = 16 is not a multiple of" in done.errors()[0]
 
 
 def test_numbers_that_are_none_are_refused() -> None:
-    assert run("python launch/plan.py recipes/sgmd.yaml --bandwidth 300").code == 2
-    assert run("python launch/plan.py recipes/sgmd.yaml --mfu 1.5").code == 2
+    assert run_forked("python launch/plan.py recipes/sgmd.yaml --bandwidth 300").code == 2
+    assert run_forked("python launch/plan.py recipes/sgmd.yaml --mfu 1.5").code == 2

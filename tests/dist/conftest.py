@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,19 +61,30 @@ def shards(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path) -> Path:
 
 
 @pytest.fixture
-def recipe_path(tmp_path: Path, wan_folder: Path, shards: Path) -> Path:
+def recipe_path(tmp_path: Path, write_recipe: Callable[[Path], Path]) -> Path:
+    """A recipe for 1, 2 or 4 ranks in a folder of the test's own."""
+    return write_recipe(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def write_recipe(wan_folder: Path, shards: Path) -> Callable[[Path], Path]:
+    """Writes a recipe of 5 steps of 4 micro-batches, with its run folder beside it."""
+    return lambda folder: _write_recipe(folder, wan_folder, shards)
+
+
+def _write_recipe(folder: Path, wan_folder: Path, shards: Path) -> Path:
     """A recipe whose updates are large and well conditioned: Adam's eps is far above rounding errors."""
     adamw = {"lr": 1e-3, "eps": 1e-3, "betas": [0.5, 0.9]}
     recipe = {
-        "run": {"name": "test", "dir": str(tmp_path / "run"), "steps": 5, "seed": 3, "log_every": 1},
+        "run": {"name": "test", "dir": str(folder / "run"), "steps": 5, "seed": 3, "log_every": 1},
         "model": {"family": "wan", "pretrained": str(wan_folder), "compute_dtype": "float32", "text_tokens": 8},
         "objective": {"name": "sgmd"},
         "optim": {"generator": adamw, "fake_score": {**adamw, "lr": 2e-3}, "max_grad_norm": 0.5, "ema": {"decay": 0.9}},
-        "data": {"shards": str(shards), "global_batch_size": 12, "micro_batch_size": 1, "lanes": 3, "window": 16},
+        "data": {"shards": str(shards), "global_batch_size": 4, "micro_batch_size": 1, "lanes": 3, "window": 16},
         "parallel": {"activation_checkpointing": "none"},
         "checkpoint": {"every": 100},
         "logging": {"tensorboard": False},
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

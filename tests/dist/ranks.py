@@ -1,9 +1,8 @@
-"""Runs functions on gloo ranks. The processes are forked from one server that has imported everything once."""
+"""Runs functions on gloo ranks, in processes forked for each call."""
 
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import socket
 import time
@@ -14,10 +13,9 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import torch
+from forking import context, keep_what_was_imported
 
 DEADLINE_S = 240.0
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["sgmd_dist.trainer", "sgmd_dist.models.wan", "sgmd_dist.objectives.sgmd"])
 
 
 class RankError(AssertionError):
@@ -32,8 +30,8 @@ class Ranks:
         self._receivers: list[Connection] = []
         self.processes: list[ForkServerProcess] = []
         for rank in range(world_size):
-            receiver, sender = _context.Pipe(duplex=False)
-            process = _context.Process(target=_main, args=(sender, rank, world_size, port, function, args), daemon=True)
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_main, args=(sender, rank, world_size, port, function, args), daemon=True)
             process.start()
             sender.close()
             self._receivers.append(receiver)
@@ -75,6 +73,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def _main(sender: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any) -> None:
+    keep_what_was_imported()
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)

@@ -17,7 +17,11 @@ from sgmd_dist.trainer import Trainer
 
 EXIT = 1
 STEPS = 2
-OVERRIDES = ["parallel.activation_checkpointing=block", "objective.inner_sample=reuse"]
+OVERRIDES = [
+    "data.global_batch_size=12",
+    "parallel.activation_checkpointing=block",
+    "objective.inner_sample=reuse",
+]
 
 
 def measure(recipe_path: Path) -> tuple[StepReport, State]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 from ranks import run_ranks
 
 from sgmd_dist.assemble import build_model
@@ -27,15 +26,6 @@ LAYOUTS = {
     "shared sequences": (4, ["parallel.ulysses=2", "parallel.ring=2"]),
     "recomputed": (2, ["parallel.activation_checkpointing=block", "objective.inner_sample=reuse"]),
 }
-
-
-@pytest.fixture
-def small(recipe_path: Path) -> Path:
-    """The recipe with 4 micro-batches a step."""
-    sections = yaml.safe_load(recipe_path.read_text())
-    sections["data"]["global_batch_size"] = 4
-    recipe_path.write_text(yaml.safe_dump(sections))
-    return recipe_path
 
 
 def dry(recipe_path: Path, overrides: list[str], num_ranks: int, ranks: list[int], patch=None) -> list[RankTrace]:
@@ -69,19 +59,19 @@ def real_calls(recipe_path: Path, overrides: list[str]) -> list[list[Collective]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_dry_run_issues_the_collectives_of_a_run(small: Path, layout: str) -> None:
+def test_a_dry_run_issues_the_collectives_of_a_run(recipe_path: Path, layout: str) -> None:
     num_ranks, overrides = LAYOUTS[layout]
-    found = run_ranks(num_ranks, real_calls, small, overrides)
-    for rank, traced in enumerate(dry(small, overrides, num_ranks, list(range(num_ranks)))):
+    found = run_ranks(num_ranks, real_calls, recipe_path, overrides)
+    for rank, traced in enumerate(dry(recipe_path, overrides, num_ranks, list(range(num_ranks)))):
         for step in (1, 2):
             assert calls_of_step(traced, step) == found[rank][step - 1] != []
 
 
-def test_512_ranks_issue_the_same_collectives(small: Path) -> None:
+def test_512_ranks_issue_the_same_collectives(recipe_path: Path) -> None:
     ranks = chosen_ranks(512)
     assert ranks == [0, 1, 255, 511]
     overrides = ["data.global_batch_size=128", "parallel.dp_replicate=8", "parallel.ulysses=2", "parallel.ring=2"]
-    traces = dry(small, overrides, 512, ranks)
+    traces = dry(recipe_path, overrides, 512, ranks)
     check_equal(traces)
     groups = {call.group for part in traces[0].last_step for call in part.collectives}
     assert groups == {Group(64, 1), Group(8, 64), Group(4, 1), Group(2, 1), Group(2, 2)}
@@ -93,8 +83,8 @@ def exit_by_rank() -> None:
     Distillation.exit_index = lambda self, state, purpose, update=0: dist.get_rank() % 2
 
 
-def test_an_exit_that_depends_on_the_rank_is_caught(small: Path) -> None:
-    traces = dry(small, [], 2, [0, 1], exit_by_rank)
+def test_an_exit_that_depends_on_the_rank_is_caught(recipe_path: Path) -> None:
+    traces = dry(recipe_path, [], 2, [0, 1], exit_by_rank)
     with pytest.raises(UserError, match=r"ranks 0 and 1 part at collective \d+ of step 1, generator: rank 0 issues"):
         check_equal(traces)
 
@@ -112,17 +102,17 @@ def one_more_metric() -> None:
     Distillation._generator_phase = with_one_more
 
 
-def test_a_shape_that_depends_on_the_rank_is_caught(small: Path) -> None:
-    difference = first_difference(dry(small, [], 2, [0, 1], one_more_metric))
+def test_a_shape_that_depends_on_the_rank_is_caught(recipe_path: Path) -> None:
+    difference = first_difference(dry(recipe_path, [], 2, [0, 1], one_more_metric))
     assert difference is not None and "of the end of step 1" in difference
     assert "allreduce_ over 2 ranks of float32" in difference
 
 
-def test_the_bytes_of_a_rank_are_those_of_its_shards(small: Path) -> None:
+def test_the_bytes_of_a_rank_are_those_of_its_shards(recipe_path: Path) -> None:
     """4 bytes a number in all three networks and the EMA, 8 for the moments of the two that are trained."""
     for num_ranks in (1, 4):
-        (traced,) = dry(small, ["parallel.activation_checkpointing=block"], num_ranks, [0])
-        numbers = local_numbers(small, num_ranks)
+        (traced,) = dry(recipe_path, ["parallel.activation_checkpointing=block"], num_ranks, [0])
+        numbers = local_numbers(recipe_path, num_ranks)
         for part in traced.last_step:
             assert part.peak["parameters"] == 3 * (4 * numbers + ROTARY_BYTES)
             assert part.peak["ema"] == 4 * numbers
@@ -131,8 +121,8 @@ def test_the_bytes_of_a_rank_are_those_of_its_shards(small: Path) -> None:
             assert (part.peak["gathered"] > 0) == (num_ranks > 1)
 
 
-def test_memory_is_given_back_at_the_end_of_a_step(small: Path) -> None:
-    (traced,) = dry(small, [], 2, [0])
+def test_memory_is_given_back_at_the_end_of_a_step(recipe_path: Path) -> None:
+    (traced,) = dry(recipe_path, [], 2, [0])
     end = traced.parts[-1]
     assert end.name == "the end of step 2"
     assert end.peak["gathered"] == end.peak["gradients"] == 0

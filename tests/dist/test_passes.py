@@ -36,22 +36,25 @@ class PassCounter:
             layer.weight.register_hook(lambda _: self.counts.update(weight=size))
 
 
-def count_passes(recipe_path: Path, overrides: list[str], exit_index: int) -> dict[str, Counter[str]]:
-    """Passes of one optimizer step per micro-batch sample and role, with the exit index fixed."""
-    Distillation.exit_index = lambda *args, **kwargs: exit_index
+def count_passes(recipe_path: Path, overrides: list[str], exits: list[int]) -> list[dict[str, Counter[str]]]:
+    """Passes of an optimizer step per micro-batch sample and role, for each exit index."""
     recipe = load_recipe(recipe_path, overrides)
     with process_group() as device:
         trainer = Trainer(recipe, build_mesh(recipe.layout(world_size()), device))
         counters = {
             name: PassCounter(role.module.blocks[0].ffn.net[2]) for name, role in trainer.roles.items()
         }
-        trainer.train_step()
-        planned = trainer.roles.take_passes()
+        samples, found = recipe.data.global_batch_size // world_size(), []
+        for exit_index in exits:
+            Distillation.exit_index = lambda *args, index=exit_index, **kwargs: index
+            trainer.train_step()
+            assert {name: sum(c.counts.values()) for name, c in counters.items()} == trainer.roles.take_passes()
+            found.append({name: Counter({k: v / samples for k, v in c.counts.items()}) for name, c in counters.items()})
+            for counter in counters.values():
+                counter.counts.clear()
         trainer.close()
-        samples = recipe.data.global_batch_size // world_size()
         del trainer
-    assert {name: sum(c.counts.values()) for name, c in counters.items()} == planned
-    return {name: Counter({k: v / samples for k, v in c.counts.items()}) for name, c in counters.items()}
+    return found
 
 
 @pytest.mark.parametrize("inner_sample, expected", [("fresh", FRESH_F), ("reuse", REUSE_F)])
@@ -59,8 +62,7 @@ def test_an_sgmd_step_takes_the_planned_passes(recipe_path: Path, inner_sample: 
     """Mean over the K exit steps, each exact: fresh 2k + 14, reuse k + 13, with recomputation and a guided teacher."""
     overrides = [f"objective.inner_sample={inner_sample}", "parallel.activation_checkpointing=block"]
     totals = []
-    for exit_index in range(K):
-        roles = run_ranks(2, count_passes, recipe_path, overrides, exit_index)[0]
+    for exit_index, roles in enumerate(run_ranks(2, count_passes, recipe_path, overrides, list(range(K)))[0]):
         totals.append(sum(sum(counts.values()) for counts in roles.values()))
         assert totals[-1] == (2 * exit_index + 14 if inner_sample == "fresh" else exit_index + 13)
         assert roles["teacher"] == {"forward": 2}
@@ -72,11 +74,11 @@ def test_an_sgmd_step_takes_the_planned_passes(recipe_path: Path, inner_sample: 
 def test_a_dmd2_step_takes_the_planned_passes(recipe_path: Path) -> None:
     """5:1 with own rollouts at a mean exit of 1.5: 41 F as published; here exactly for exit 1."""
     overrides = ["objective={name: dmd2}", "parallel.activation_checkpointing=block"]
-    roles = run_ranks(2, count_passes, recipe_path, overrides, 1)[0]
+    (roles,) = run_ranks(2, count_passes, recipe_path, overrides, [1])[0]
     generator = (1 + 1) + 3 + 5 * (1 + 1)
     assert sum(sum(counts.values()) for counts in roles.values()) == generator + 2 + 1 + 5 * 4
 
 
 def test_without_checkpointing_nothing_is_run_twice(recipe_path: Path) -> None:
-    roles = run_ranks(1, count_passes, recipe_path, ["objective.inner_sample=reuse"], 0)[0]
+    (roles,) = run_ranks(1, count_passes, recipe_path, ["objective.inner_sample=reuse"], [0])[0]
     assert sum(sum(counts.values()) for counts in roles.values()) == 10

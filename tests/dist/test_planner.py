@@ -22,9 +22,13 @@ from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.roles import Role, Roles
 from sgmd_dist.trainer import Trainer
 
-ONE_UNIT = "data.global_batch_size=12"
 ADAPTERS = ["model.generator.lora.rank=3", "model.fake_score.lora.rank=2"]
 NO_CHANCE = "objective.student_steps=1"  # one exit: what a step sends is one number
+
+
+def two_each(world_size: int) -> str:
+    """The override by which each of so many data-parallel ranks takes two micro-batches a step."""
+    return f"data.global_batch_size={2 * world_size}"
 
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -39,7 +43,7 @@ def own_parameters(role: Role) -> Iterable[torch.Tensor]:
 
 def state_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, dict[str, int]]:
     """Bytes of this rank's shards in a step, by role."""
-    recipe = load_recipe(recipe_path, [ONE_UNIT, *overrides])
+    recipe = load_recipe(recipe_path, [two_each(world_size()), *overrides])
     gradients: dict[str, int] = {}
     step = Roles.step
 
@@ -73,7 +77,7 @@ def state_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, dict[str, 
 def test_state_bytes_of_the_fullest_rank_are_exact(recipe_path: Path, world_size: int, overrides: list[str]) -> None:
     """Tables of one row and widths that do not divide: some ranks hold more of a tensor than others."""
     ranks = run_ranks(world_size, state_bytes, recipe_path, overrides)
-    for planned in make_plan(load_recipe(recipe_path, [ONE_UNIT, *overrides]), Machine(1, world_size, 80)).roles:
+    for planned in make_plan(load_recipe(recipe_path, [two_each(world_size), *overrides]), Machine(1, world_size, 80)).roles:
         for part in ("parameters", "gradients", "moments", "ema", "buffers"):
             assert max(rank[planned.role][part] for rank in ranks) == getattr(planned, part), (planned.role, part)
 
@@ -90,7 +94,7 @@ def sent_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, float]:
 
         return counted
 
-    recipe = load_recipe(recipe_path, [ONE_UNIT, *overrides])
+    recipe = load_recipe(recipe_path, [two_each(world_size()), *overrides])
     with process_group() as device:
         trainer = Trainer(recipe, build_mesh(recipe.layout(world_size()), device))
         dist.all_gather_single = count("all-gather", dist.all_gather_single)
@@ -114,7 +118,7 @@ def sent_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, float]:
 )
 def test_what_fsdp_sends_in_a_step_is_exact(recipe_path: Path, world_size: int, overrides: list[str]) -> None:
     sent = run_ranks(world_size, sent_bytes, recipe_path, overrides)[0]
-    plan = make_plan(load_recipe(recipe_path, [ONE_UNIT, *overrides]), Machine(1, world_size, 80))
+    plan = make_plan(load_recipe(recipe_path, [two_each(world_size), *overrides]), Machine(1, world_size, 80))
     planned = {flow.kind: flow.sent_bytes for flow in plan.flows}
     assert sent == {kind: planned[kind] for kind in ("all-gather", "reduce-scatter")}
 

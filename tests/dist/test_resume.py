@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from sgmd_dist.checkpoint import folder
 from sgmd_dist.trainer import Trainer
 
 STEPS = 12
+LONG = [f"run.steps={STEPS}", "data.global_batch_size=12"]  # whatever divides 12 may be the number of ranks
 
 
 def run_dir(recipe_path: Path) -> Path:
@@ -32,10 +34,10 @@ def wait_for(condition, ranks: Ranks, deadline_s: float = 120.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture
-def quiet(recipe_path: Path, tmp_path: Path) -> State:
-    """The state that 2 undisturbed ranks reach."""
-    return run_ranks(2, train, recipe_path, [f"run.steps={STEPS}", f"run.dir={tmp_path}/quiet"])[0]
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory, write_recipe: Callable[[Path], Path]) -> State:
+    """The state that 2 undisturbed ranks reach in `LONG`."""
+    return run_ranks(2, train, write_recipe(tmp_path_factory.mktemp("quiet")), LONG)[0]
 
 
 def assert_same_bits(a: State, b: State) -> None:
@@ -44,7 +46,7 @@ def assert_same_bits(a: State, b: State) -> None:
 
 def test_kill_at_random_moments_then_resume_gives_the_same_bits(recipe_path: Path, quiet: State) -> None:
     """SIGKILL strikes twice, at moments nobody chose, in a run with checkpoints every 2 steps."""
-    overrides = [f"run.steps={STEPS}", "checkpoint.every=2"]
+    overrides = [*LONG, "checkpoint.every=2"]
     moments = random.Random(time.time_ns())
     for _ in range(2):
         before = len(checkpoint.committed(run_dir(recipe_path)))
@@ -63,7 +65,7 @@ def test_kill_at_random_moments_then_resume_gives_the_same_bits(recipe_path: Pat
 def test_a_signal_to_one_rank_saves_and_ends_all_with_75(
     recipe_path: Path, quiet: State, number: signal.Signals
 ) -> None:
-    overrides = [f"run.steps={STEPS}", "checkpoint.every=100"]
+    overrides = [*LONG, "checkpoint.every=100"]
     ranks = Ranks(2, train_command, recipe_path, overrides)
     wait_for((run_dir(recipe_path) / "metrics.jsonl").exists, ranks)
     os.kill(ranks.processes[1].pid, number)
@@ -77,8 +79,8 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_75(
 def test_resuming_on_other_numbers_of_ranks_changes_only_rounding(
     recipe_path: Path, quiet: State, first: int, second: int
 ) -> None:
-    run_ranks(first, train, recipe_path, ["run.steps=5"])
-    state = run_ranks(second, train, recipe_path, [f"run.steps={STEPS}"])[0]
+    run_ranks(first, train, recipe_path, [*LONG, "run.steps=5"])
+    state = run_ranks(second, train, recipe_path, LONG)[0]
     assert parameter_difference(state, quiet) < 1e-6
 
 
@@ -104,7 +106,7 @@ def die_before_commit(recipe_path: Path, overrides: list[str]) -> None:
 
 
 def test_a_kill_between_write_and_commit_leaves_the_checkpoint_before(recipe_path: Path, quiet: State) -> None:
-    overrides = [f"run.steps={STEPS}", "checkpoint.every=3"]
+    overrides = [*LONG, "checkpoint.every=3"]
     with pytest.raises(RankError, match="rank 0 ended without a result"):
         run_ranks(2, die_before_commit, recipe_path, overrides)
     checkpoints = run_dir(recipe_path) / "checkpoints"

@@ -151,7 +151,7 @@ def agreed() -> tuple[list[bool], list[bool]]:
     with process_group() as device:
         mesh = build_mesh(Case(ring=2).layout(), device)
         valid = torch.tensor([True, mesh.rank == 0, False])
-        return agree(valid, mesh.sequence).tolist(), agree(valid, None).tolist()
+        return agree(valid, 7, mesh.sequence).tolist(), agree(valid, 7, None).tolist()
 
 
 def test_a_sample_counts_where_every_rank_of_the_group_could_read_it() -> None:

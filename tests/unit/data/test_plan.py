@@ -66,39 +66,39 @@ def test_every_sample_occurs_exactly_once_per_epoch_in_a_unit_of_its_bucket(case
     for epoch in (0, 1, 7):
         units = units_of(plan, epoch)
         assert sorted(s for _, samples in units for s in samples) == list(range(len(bucket_of_sample)))
-        assert all(1 <= len(samples) <= plan.micro_batch_size for _, samples in units)
+        assert all(1 <= len(samples) <= plan.cut.micro_batch_size for _, samples in units)
         assert all(bucket_of_sample[s] == bucket for bucket, samples in units for s in samples)
 
 
 @pytest.mark.parametrize("case", range(100))
 def test_at_most_one_unit_per_bucket_is_short(case: int) -> None:
     plan, bucket_of_sample, _ = random_plan(case)
-    short = [bucket for bucket, samples in units_of(plan, 2) if len(samples) < plan.micro_batch_size]
+    short = [bucket for bucket, samples in units_of(plan, 2) if len(samples) < plan.cut.micro_batch_size]
     assert len(short) == len(set(short))
     for bucket in set(bucket_of_sample.tolist()):
-        assert (bucket in short) == bool((bucket_of_sample == bucket).sum() % plan.micro_batch_size)
+        assert (bucket in short) == bool((bucket_of_sample == bucket).sum() % plan.cut.micro_batch_size)
 
 
 @pytest.mark.parametrize("case", range(100))
 def test_full_rounds_hold_one_bucket_and_follow_lanes_and_windows(case: int) -> None:
     plan, bucket_of_sample, shard = random_plan(case)
-    size, units = plan.micro_batch_size, units_of(plan, 3)
+    size, units = plan.cut.micro_batch_size, units_of(plan, 3)
     shard_keys = plan_module.keys(int(shard.max()) + 1, plan.seed, 3, 1)
     for bucket in sorted(set(bucket_of_sample.tolist())):
         ids = np.flatnonzero(bucket_of_sample == bucket)
         in_order = sorted(ids.tolist(), key=lambda i: (shard_keys[shard[i]], i))
-        cuts = [lane * len(ids) // plan.lanes for lane in range(plan.lanes + 1)]
-        num_rounds = len(ids) // plan.lanes // size
+        cuts = [lane * len(ids) // plan.cut.lanes for lane in range(plan.cut.lanes + 1)]
+        num_rounds = len(ids) // plan.cut.lanes // size
         mine = [samples for b, samples in units if b == bucket]
         for t in range(num_rounds):
-            for lane in range(plan.lanes):
+            for lane in range(plan.cut.lanes):
                 lane_ids = in_order[cuts[lane] : cuts[lane + 1]]
-                for i, sample in enumerate(mine[t * plan.lanes + lane]):
-                    window = (t * size + i) // plan.window
-                    assert sample in lane_ids[window * plan.window : (window + 1) * plan.window]
-    full = sum(int((bucket_of_sample == b).sum()) // plan.lanes // size for b in set(bucket_of_sample.tolist()))
+                for i, sample in enumerate(mine[t * plan.cut.lanes + lane]):
+                    window = (t * size + i) // plan.cut.window
+                    assert sample in lane_ids[window * plan.cut.window : (window + 1) * plan.cut.window]
+    full = sum(int((bucket_of_sample == b).sum()) // plan.cut.lanes // size for b in set(bucket_of_sample.tolist()))
     for t in range(full):
-        assert len({bucket for bucket, _ in units[t * plan.lanes : (t + 1) * plan.lanes]}) == 1
+        assert len({bucket for bucket, _ in units[t * plan.cut.lanes : (t + 1) * plan.cut.lanes]}) == 1
 
 
 @pytest.mark.parametrize("case", range(60))

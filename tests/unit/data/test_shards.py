@@ -22,9 +22,9 @@ import webdataset as wds
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from sgmd_dist.data.examine import build_index
 from sgmd_dist.data.format import CorruptSample, parse_safetensors, read_negative_prompt, write_negative_prompt
 from sgmd_dist.data.index import ShardIndex, consolidate
-from sgmd_dist.data.record import build_index
 from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.errors import UserError
 
@@ -272,7 +272,6 @@ def test_what_is_missing_is_named(tmp_path: Path, dataset: ShardIndex) -> None:
         (tmp_path / "empty", "empty: holds no .tar shards"),
         (f"{dataset.folder}/shard-{{000003..000005}}.tar", r"shard-000005\.tar: no such shard"),
         ([], "data.shards: names no shard"),
-        ("s3://bucket/shard.tar", "only local folders and tars can be read"),
     ]
     for shards, message in cases:
         with pytest.raises(UserError, match=message) as error:
@@ -340,7 +339,9 @@ def test_a_bucket_has_one_latent_shape_and_all_shards_one_text_width(tmp_path: P
 def test_a_key_in_two_shards_is_refused_on_consolidation(tmp_path: Path, samples: SimpleNamespace) -> None:
     samples.write(tmp_path, 3)
     samples.write(tmp_path, 3, prefix="again")
-    with pytest.raises(UserError, match=r"shard-000000\.tar: key 's0000' is in again-000000\.tar too"):
+    with pytest.raises(
+        UserError, match=r"shard-000000\.tar: sample 's0000' at offset 1536: its key is in again-0+\.tar too"
+    ):
         consolidate(tmp_path)
 
 
@@ -356,7 +357,9 @@ def test_a_missing_member_is_named(dataset: ShardIndex, extension: str) -> None:
 
 def test_a_key_twice_in_a_tar_is_named(dataset: ShardIndex) -> None:
     rewrite_tar(dataset.paths[1], lambda _: True, s0007="s0006")
-    with pytest.raises(UserError, match=r"shard-000001\.tar: key 's0006' has two members s0006\.json"):
+    with pytest.raises(
+        UserError, match=r"shard-000001\.tar: sample 's0006' at offset \d+: has two members s0006\.json"
+    ):
         build_index(dataset.paths[1])
 
 
@@ -388,7 +391,7 @@ def test_wrong_content_of_a_tar_is_named_by_key(tmp_path: Path) -> None:
     good = {"latents": latents, "prompt_embeds": embeds}
     cases = [
         (b"{}", save_safetensors(good), "sample 'k': its json has no text field 'bucket'"),
-        (b"{", save_safetensors(good), "sample 'k': Expecting"),
+        (b"{", save_safetensors(good), "sample 'k': its json cannot be read: Expecting"),
         (b'{"bucket": "b"}', save_safetensors({"prompt_embeds": embeds}), r"latent shape is None"),
         (b'{"bucket": "b"}', save_safetensors({"latents": latents}), "it has no 'prompt_embeds'"),
         (b'{"bucket": "b"}', save_safetensors({**good, "latents": latents.float()}), "must be bfloat16"),
@@ -472,7 +475,10 @@ def entry(dtype: str = "BF16", shape: Any = (4,), offsets: Any = (0, 8)) -> dict
         (header(x=entry(shape=None)) + bytes(8), "has shape None"),
         (header(x=entry(offsets=(0, 8, 9))) + bytes(8), r"data_offsets \[0, 8, 9\]"),
         (header(x=entry(offsets=(0, 6))) + bytes(8), r"'x' \[4\] BF16 needs 8 bytes, data_offsets \[0, 6\]"),
-        (header(x=entry(shape=(1 << 62, 4))) + bytes(8), f"needs {1 << 65} bytes"),
+        (
+            header(x=entry(shape=(1 << 62, 4))) + bytes(8),
+            r"has shape \[4611686018427387904, 4\]: more than 8 dims or \d+ elements",
+        ),
         (header(x=entry(offsets=(2, 10))) + bytes(10), "expected .*: gap or overlap"),
         (header(x=entry(), y=entry()) + bytes(8), "tensor 'y' starts at byte .* gap or overlap"),
         (header(x=entry()) + bytes(7), "header describes .* bytes, there are"),
@@ -520,7 +526,7 @@ def test_the_negative_prompt_is_one_for_all_folders(tmp_path: Path, samples: Sim
 
 def test_a_missing_or_damaged_negative_prompt_is_named(tmp_path: Path) -> None:
     path = re.escape(str(tmp_path / "negative_prompt.safetensors"))
-    with pytest.raises(UserError, match=f"{path}: not found; write it with"):
+    with pytest.raises(UserError, match=f"{path}: not found; make it with .* --text-encoder"):
         read_negative_prompt(tmp_path)
     for content, message in (
         (b"1234", "at least 8 bytes"),

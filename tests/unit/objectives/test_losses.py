@@ -176,12 +176,12 @@ def test_a_sample_does_not_feel_its_neighbours_in_the_batch() -> None:
 
 
 def test_score_metrics() -> None:
-    """The tracking residual is ½ mean((f_F - x_g)² / (n + 1e-8)); scalars that hold no graph."""
+    """The tracking residual is ½ mean((f_F - x_g)² / (n + 1e-8)); per sample, without graph."""
     x_g, f_fake, f_teacher = tensors(3)
     n = teacher_distance(x_g, f_teacher)
     metrics = score_metrics(x_g, f_fake, f_teacher.detach(), n)
     residual = loop(lambda i: 0.5 * (f_fake[i] - x_g[i]) ** 2 / (n[i[0]] + 1e-8)).mean().item()
-    assert {name: value.item() for name, value in metrics.items()} == {
+    assert {name: value.mean().item() for name, value in metrics.items()} == {
         "fake_score/residual": pytest.approx(residual),
         "generator/teacher_fake_gap": pytest.approx((f_fake - f_teacher).abs().mean().item()),
         "generator/teacher_distance": pytest.approx(n.mean().item()),

@@ -1,0 +1,99 @@
+"""The Wan VAE both ways: videos to the latents that transformers see, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sgmd_dist.errors import UserError
+
+_CHUNK = 4  # frames that AutoencoderKLWan encodes at a time after the lone first one, whatever its strides
+
+
+class Autoencoder:
+    """A VAE with the mean and std of its latents. Latents here are the transformer's: `(z - mean) / std`."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self._vae: Any = vae.eval().requires_grad_(False)
+        self._device: torch.device | str = "cpu"
+        config = self._vae.config
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32)[:, None, None, None]
+            for values in (config.latents_mean, config.latents_std)
+        )
+        self._channels = int(config.z_dim)
+        self._stride = (int(config.scale_factor_temporal), int(config.scale_factor_spatial))
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
+        """The VAE of a diffusers folder's `vae` part, from local files only.
+
+        Raises:
+            UserError: `folder` cannot be read as an AutoencoderKLWan.
+        """
+        try:
+            name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+            if name != AutoencoderKLWan.__name__:
+                raise ValueError(f"config.json describes {name}")
+            loaded: Any = AutoencoderKLWan.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=dtype
+            )
+            vae, report = loaded
+            if missing := sorted(report["missing_keys"]):  # diffusers would leave them random
+                raise ValueError(f"{len(missing)} tensors are missing, as {missing[0]}")
+            autoencoder = cls(vae)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{folder}: cannot be read as an {AutoencoderKLWan.__name__} ({why}); download it again"
+            ) from error
+        return autoencoder.to(device)
+
+    def to(self, device: torch.device | str) -> Autoencoder:
+        """Move the network to `device`; returns this object."""
+        self._vae.to(device)
+        self._mean, self._std, self._device = self._mean.to(device), self._std.to(device), device
+        return self
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of a video's latents.
+
+        Raises:
+            UserError: the video is not of 4n + 1 frames and of whole latents.
+        """
+        temporal, spatial = self._stride
+        if num_frames < 1 or num_frames % _CHUNK != 1:
+            below = max(1, (num_frames - 1) // _CHUNK * _CHUNK + 1)
+            raise UserError(f"{num_frames} frames: the VAE takes 4n + 1; use {below} or {below + _CHUNK}")
+        for name, size in (("height", height), ("width", width)):
+            if size < spatial or size % spatial:
+                below = max(spatial, size // spatial * spatial)
+                raise UserError(
+                    f"{name} {size}: expected a multiple of the VAE's {spatial} pixels; use {below} or"
+                    f" {below + spatial}"
+                )
+        return (self._channels, (num_frames - 1) // temporal + 1, height // spatial, width // spatial)
+
+    @torch.no_grad()
+    def encode(self, rgb: Tensor) -> Tensor:
+        """Pictures uint8 `[F, H, W, 3]` -> latents float32 `[C, F', H', W']` on the CPU.
+
+        They are the posterior's mode, not a sample: equal videos give equal latents, by whichever rank and attempt, and
+        training adds noise of its own.
+        """
+        pixels = rgb.to(self._device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        mode = self._vae.encode(pixels.to(self._vae.dtype)).latent_dist.mode()[0]
+        return ((mode.float() - self._mean) / self._std).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents `[C, F', H', W']` -> pictures uint8 `[F, H, W, 3]` on the CPU."""
+        scaled = latents.to(self._device) * self._std + self._mean
+        pixels = self._vae.decode(scaled[None].to(self._vae.dtype)).sample[0]
+        return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
