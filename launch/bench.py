@@ -1,12 +1,14 @@
 """Benchmarks: launch/bench.py kernels|attention [--models NAME ...] [--dtype DTYPE] [--out FILE.json]
             launch/bench.py step RECIPE [key.sub=value ...] [--steps N] [--out FILE.json]
             launch/bench.py checkpoint [--millions N | --recipe RECIPE] [--dir FOLDER] [--out FILE.json]
+            launch/bench.py data [--samples N] [--rounds N] [--threads N] [--dir FOLDER] [--out FILE.json]
 
 Kernels and attention: on CUDA each is timed against eager torch, torch.compile and what the card reaches in the same
 run; elsewhere it is checked for correctness on small shapes. Exit code 1: a result was wrong.
 
 Step holds optimizer steps against the network passes that they are made of, checkpoint says what synchronous and
-asynchronous saves cost training: both in one process or under torchrun.
+asynchronous saves cost training: both in one process or under torchrun. Data holds the stream and plain webdataset
+against a raw read of the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,7 @@ from sgmd_dist.errors import positive_float, positive_int, reports_user_errors
 
 if TYPE_CHECKING:
     from sgmd_dist.benchmarks.checkpoint import Report as CheckpointReport
+    from sgmd_dist.benchmarks.data import Report as DataReport
     from sgmd_dist.benchmarks.report import Report
     from sgmd_dist.benchmarks.step import StepReport
 
@@ -31,10 +35,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 @reports_user_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kernels|attention|step|checkpoint")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="kernels|attention|step|checkpoint|data")
     _add_operations(commands)
     _add_step(commands)
     _add_checkpoint(commands)
+    _add_data(commands)
     args, rest = parser.parse_known_args()  # overrides may stand behind options
     if rest and (args.command != "step" or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -76,6 +81,20 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
     command.add_argument("--repeats", type=positive_int, default=3, help="saves of each kind; medians are taken")
     command.add_argument("--out", type=Path, help="write the results as JSON")
     command.set_defaults(run=_checkpoint)
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    description = "CPU time and rate of the stream and of plain webdataset over a raw read of the same bytes"
+    command = commands.add_parser("data", help=description, description=description)
+    command.add_argument("--samples", type=positive_int, default=96, help="samples of 8.39 MB, written first")
+    command.add_argument("--text-tokens", type=positive_int, default=512, help="that each holds, padded to 512")
+    command.add_argument("--rounds", type=positive_int, default=15, help="over all samples; minima are taken")
+    command.add_argument("--threads", type=positive_int, default=2, help="of the stream")
+    command.add_argument("--workers", type=int, default=0, help="also webdataset in so many worker processes")
+    command.add_argument("--dir", type=Path, help="keep the shards there, or measure those there; default: temporary")
+    command.add_argument("--smoke", action="store_true", help="a few kilobytes: tries the benchmark, measures nothing")
+    command.add_argument("--out", "--json", type=Path, help="write the results as JSON")
+    command.set_defaults(run=_data)
 
 
 def _operations(args: argparse.Namespace) -> int:
@@ -124,7 +143,25 @@ def _checkpoint(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(report: Report | StepReport | CheckpointReport, path: Path | None) -> None:
+def _data(args: argparse.Namespace) -> int:
+    from sgmd_dist.benchmarks import data
+
+    with tempfile.TemporaryDirectory(prefix="bench_data_") as temporary:
+        report = data.run(
+            args.dir or Path(temporary),
+            num_samples=min(args.samples, 8) if args.smoke else args.samples,
+            rounds=min(args.rounds, 2) if args.smoke else args.rounds,
+            threads=args.threads,
+            workers=args.workers,
+            text_tokens=min(args.text_tokens, 8) if args.smoke else args.text_tokens,
+            small=args.smoke,
+        )
+    print(report.table())
+    _write(report, args.out)
+    return 0
+
+
+def _write(report: Report | StepReport | CheckpointReport | DataReport, path: Path | None) -> None:
     if path is not None:
         report.write(path)
         print(path)

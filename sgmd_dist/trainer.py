@@ -153,6 +153,7 @@ def open_stream(recipe: Recipe, mesh: Mesh) -> Stream:
         check_crc=data.crc,
         retries=data.retries,
         read_timeout_s=data.read_timeout,
+        device=mesh.device,
     )
 
 

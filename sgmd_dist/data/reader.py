@@ -1,38 +1,37 @@
-"""Reads units of samples ahead, in order, from local shards straight into the tensors of a batch.
+"""Reads units of samples ahead, in order, from shards straight into the tensors of a batch.
 
 A sample's safetensors header is read and checked first; then one `preadv` scatters its tensors into their places in the
 unit's buffer, so that no byte is copied after the kernel's copy. Nothing is decoded, therefore threads suffice: worker
 processes would cost ten times more in copies through shared memory. No mmap: a truncated file would be a SIGBUS.
+
+A read that hangs (a dead file server) cannot be cancelled. Its thread is left behind with its buffer, which only comes
+back when that thread is done with it, and another thread takes its place.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import threading
-import weakref
-import zlib
-from collections import OrderedDict, deque
+import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sgmd_dist.data.foreign import fill_foreign
-from sgmd_dist.data.format import CorruptSample, TensorSpan, safetensors_header_bytes, safetensors_layout
+from sgmd_dist.data.buffers import BufferPool, Bytes
+from sgmd_dist.data.format import CorruptSample
 from sgmd_dist.data.index import ShardIndex
+from sgmd_dist.data.transfer import Flight, Transfer
+from sgmd_dist.data.worker import Job, ReadOptions, Worker, located
 
 THREAD_NAME_PREFIX = "shard-reader"
-_HEAD_BYTES = 2048  # a header of two tensors takes some 200 bytes; a longer one is read again
-_OPEN_FILES_PER_THREAD = 32
 _ALIGNMENT_BYTES = 64
-
-Bytes = NDArray[np.uint8]
+_CLOSE_S = 5.0  # for which `close` waits for reads in work
 
 
 @dataclass(frozen=True)
@@ -63,56 +62,24 @@ class UnitData:
     errors: list[CorruptSample | None]
 
 
-class BufferPool:
-    """Buffers that come back by themselves once no tensor looks into them any more.
+@dataclass
+class _Unit:
+    """A unit in flight: its tensors, the rows behind them, its jobs, and its way to a device once that is begun."""
 
-    Fresh memory costs as much as the read itself (page faults). A reused buffer must not be one that somebody still
-    holds, so its return hangs on the lifetime of the tensors' storage and not on a rule for the caller.
-    """
+    data: UnitData
+    latent_rows: Bytes
+    text_rows: Bytes
+    jobs: list[Job]
+    flight: Flight | None = None
 
-    def __init__(self, num_kept: int) -> None:
-        self._num_kept = num_kept  # free buffers of one size
-        self._free: dict[int, deque[Bytes]] = {}
+    @property
+    def is_read(self) -> bool:
+        return not any(job.done.locked() for job in self.jobs)
 
-    def take(self, num_bytes: int) -> Bytes:
-        """A `[num_bytes]` uint8 view of a free or new buffer; `torch.from_numpy` of it keeps the buffer in use."""
-        free = self._free.setdefault(num_bytes, deque(maxlen=self._num_kept))
-        try:
-            memory = free.pop()
-        except IndexError:
-            memory = np.empty(num_bytes, dtype=np.uint8)
-        view = memory[:]
-        # deque.append is atomic: the finalizer may run in any thread.
-        weakref.finalize(view, free.append, memory).atexit = False
-        return view
-
-
-class _OpenFiles(threading.local):
-    """A thread's most recently used shards; a file is closed only by the thread that reads it."""
-
-    def __init__(self, registry: list[OrderedDict[int, int]]) -> None:
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-        registry.append(self._descriptors)
-
-    def get(self, shard: int, index: ShardIndex) -> int:
-        if shard not in self._descriptors:
-            while len(self._descriptors) >= _OPEN_FILES_PER_THREAD:
-                os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = index.open_shard(shard)
-        self._descriptors.move_to_end(shard)
-        return self._descriptors[shard]
-
-
-class _Scratch(threading.local):
-    """A thread's room for bytes that are read for their crc32 or to reach what follows, and not kept."""
-
-    def __init__(self) -> None:
-        self._bytes: Bytes = np.empty(_HEAD_BYTES, dtype=np.uint8)
-
-    def take(self, num_bytes: int) -> Bytes:
-        if self._bytes.size < num_bytes:
-            self._bytes = np.empty(num_bytes, dtype=np.uint8)
-        return self._bytes[:num_bytes]
+    @property
+    def tensors(self) -> list[Tensor]:
+        latents = self.data.latents
+        return [self.data.prompt_embeds] if latents is None else [self.data.prompt_embeds, latents]
 
 
 class Reader:
@@ -129,7 +96,10 @@ class Reader:
         depth: units in flight; each holds a buffer of m samples.
         check_crc: compare every sample's crc32 with the index. On by default: without it a damaged tensor trains
             silently. It costs 1.3 to 2.4 ms of a thread's time per 8.4 MB.
-        retries, read_timeout_s: of a sample's read.
+        retries: how often a read is repeated that failed for a transient reason, after pauses of 0.5, 1, 2, ... 30 s.
+        read_timeout_s: how long `next` waits for a unit, and a read is repeated, until its samples become errors;
+            None waits for ever.
+        device: where the units' tensors are delivered; on CUDA the next unit is copied there while one is in use.
     """
 
     def __init__(
@@ -144,16 +114,16 @@ class Reader:
         check_crc: bool = True,
         retries: int = 0,
         read_timeout_s: float | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.retries = 0
         self._index, self._requests = index, requests
-        self._rows, self._text_tokens, self._depth, self._check_crc = micro_batch_size, text_tokens, depth, check_crc
-        self._pool = BufferPool(num_kept=depth + 1)
-        self._pending: deque[tuple[UnitRequest, Tensor | None, Tensor, list[Future[CorruptSample | None]]]] = deque()
-        self._descriptors: list[OrderedDict[int, int]] = []
-        self._files, self._scratch = _OpenFiles(self._descriptors), _Scratch()
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=THREAD_NAME_PREFIX)
-        self._closed = False
+        self._rows, self._text_tokens, self._depth = micro_batch_size, text_tokens, depth
+        self._transfer = Transfer(device) if device is not None and device.type == "cuda" else None
+        self._pool = BufferPool(num_kept=depth + 2, pinned=self._transfer is not None)
+        self._pending: deque[_Unit] = deque()
+        self._options = ReadOptions(check_crc, retries, read_timeout_s)
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._workers = [self._start_worker() for _ in range(num_threads)]
 
     def __enter__(self) -> Reader:
         return self
@@ -161,124 +131,105 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def retries(self) -> int:
+        """How many reads were repeated so far."""
+        return sum(worker.num_retries for worker in self._workers)
+
     def next(self) -> UnitData:
         """The next unit; waits for it. Raises StopIteration after the last request."""
-        if self._closed:
+        if self._options.stopping.is_set():
             raise RuntimeError("this reader is closed")
         for request in itertools.islice(self._requests, self._depth - len(self._pending)):
             self._submit(request)
         if not self._pending:
             raise StopIteration
-        request, latents, prompt_embeds, futures = self._pending.popleft()
+        unit = self._pending.popleft()
         try:
-            return UnitData(request, latents, prompt_embeds, [future.result() for future in futures])
-        except BaseException:  # interrupted, or a bug in a thread: nothing may write into a buffer that goes back
+            self._wait(unit)
+        except BaseException:  # interrupted, or a bug in a thread
             self.close()
             raise
+        data = replace(unit.data, errors=[job.error for job in unit.jobs])
+        return data if self._transfer is None else self._landed(unit, data, self._transfer)
 
     def close(self) -> None:
-        """Drop what is in flight, end the threads, close the files. May be called twice."""
-        self._closed = True
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Drop what is in flight, end the threads. May be called twice; leaves a thread behind that hangs in a read."""
+        self._options.stopping.set()
+        while not self._jobs.empty():
+            self._jobs.get()
+        self._jobs.put(None)
+        until = time.monotonic() + _CLOSE_S
+        for worker in self._workers:
+            if not worker.left_behind:
+                worker.join(max(0.0, until - time.monotonic()))
         self._pending.clear()
-        for descriptors in self._descriptors:
-            while descriptors:
-                os.close(descriptors.popitem()[1])
+
+    def _start_worker(self) -> Worker:
+        worker = Worker(THREAD_NAME_PREFIX, self._index, self._jobs, self._options)
+        worker.start()
+        return worker
 
     def _submit(self, request: UnitRequest) -> None:
+        unit = self._new_unit(request)
+        self._pending.append(unit)
+        for job in unit.jobs:
+            self._jobs.put(job)
+
+    def _new_unit(self, request: UnitRequest) -> _Unit:
+        rows, tokens, width = self._rows, self._text_tokens, self._index.embed_dim
         shape = self._index.latent_shape(request.bucket)
         stored = self._index.has_latents(request.bucket)
-        latent_bytes = 2 * prod(shape) if stored else 0
-        text_bytes = 2 * self._text_tokens * self._index.embed_dim
-        text_start = -(-self._rows * latent_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        buffer = self._pool.take(text_start + self._rows * text_bytes)
-        latent_rows = buffer[: self._rows * latent_bytes].reshape(self._rows, latent_bytes)
-        text_rows = buffer[text_start:].reshape(self._rows, text_bytes)
-        memory = torch.from_numpy(buffer)
-        latents = memory[: self._rows * latent_bytes].view(torch.bfloat16).view(self._rows, *shape) if stored else None
-        text = memory[text_start:].view(torch.bfloat16).view(self._rows, self._text_tokens, self._index.embed_dim)
-        futures = [
-            self._threads.submit(self._read, int(sample), shape if stored else None, latent_rows[i], text_rows[i])
-            for i, sample in enumerate(request.samples)
+        latent_bytes, text_bytes = 2 * prod(shape) if stored else 0, 2 * tokens * width
+        text_start = -(-rows * latent_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        buffer = self._pool.take(text_start + rows * text_bytes)
+        latent_rows = buffer[: rows * latent_bytes].reshape(rows, latent_bytes)
+        text_rows = buffer[text_start:].reshape(rows, text_bytes)
+        memory = torch.from_numpy(buffer).view(torch.bfloat16)
+        latents = memory[: rows * latent_bytes // 2].view(rows, *shape) if stored else None
+        text = memory[text_start // 2 :].view(rows, tokens, width)
+        jobs = [
+            Job(sample, shape if stored else None, latent_rows[i], text_rows[i], buffer)
+            for i, sample in enumerate(request.samples.tolist())
         ]
-        self._pending.append((request, latents, text, futures))
+        return _Unit(UnitData(request, latents, text, []), latent_rows, text_rows, jobs)
 
-    def _read(
-        self, sample: int, latent_shape: tuple[int, ...] | None, latents: Bytes, text: Bytes
-    ) -> CorruptSample | None:
-        """Fill a sample's rows; on an error fill them with zeros and return it."""
-        shard = int(self._index.shard[sample])
-        try:
-            self._fill(sample, self._files.get(shard, self._index), latent_shape, latents, text)
-        except (CorruptSample, OSError) as error:
-            latents[:], text[:] = 0, 0
-            return CorruptSample(
-                f"{self._index.paths[shard]}: sample '{self._index.keys[sample]}' at offset "
-                f"{self._index.offset[sample]}: {error}; restore the shard or set data.on_error: skip"
-            )
-        return None
+    def _wait(self, unit: _Unit) -> None:
+        """Wait for a unit's jobs; what is not done in time becomes an error."""
+        timeout_s = self._options.timeout_s
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        for job in unit.jobs:
+            if not job.done.acquire(timeout=-1 if until is None else max(0.0, until - time.monotonic())):
+                self._give_up(unit)
+                break
+            job.done.release()
+        for job in unit.jobs:
+            if job.bug is not None:
+                raise job.bug
 
-    def _fill(self, sample: int, file: int, latent_shape: tuple[int, ...] | None, latents: Bytes, text: Bytes) -> None:
-        if (place := self._index.foreign_place(sample)) is not None:
-            width = self._index.embed_dim
-            fill_foreign(file, place, latent_shape, width, latents, text, check_crc=self._check_crc)
-            return
-        offset, size = int(self._index.offset[sample]), int(self._index.size[sample])
-        head = np.empty(min(_HEAD_BYTES, size), dtype=np.uint8)
-        _read_into(file, [head], offset)
-        start = safetensors_header_bytes(head.data, size)
-        if start > head.size:
-            head = np.empty(start, dtype=np.uint8)
-            _read_into(file, [head], offset)
-        spans = safetensors_layout(head.data, size)
-        self._check_tensors(spans, latent_shape)
-        parts = self._places(spans, {"latents": latents, "prompt_embeds": text})
-        _read_into(file, parts, offset + start)
-        if self._check_crc:
-            crc32 = zlib.crc32(head.data[:start])
-            for part in parts:
-                crc32 = zlib.crc32(part.data, crc32)
-            if crc32 != (expected := int(self._index.crc32[sample])):
-                raise CorruptSample(f"crc32 is {crc32:08x}, the index says {expected:08x}: the bytes are damaged")
+    def _give_up(self, unit: _Unit) -> None:
+        """Put what there is of a unit into another buffer, and leave its threads and its own buffer to themselves."""
+        jobs = unit.jobs
+        moved = self._new_unit(unit.data.request)
+        for row, (old, new) in enumerate(zip(jobs, moved.jobs, strict=True)):
+            if old.done.locked():
+                old.dropped = True
+                new.latents[:], new.text[:] = 0, 0
+                late = f"reading it took longer than {self._options.timeout_s:g} s (data.read_timeout)"
+                new.error = located(self._index, old.sample, late)
+            else:
+                new.latents[:], new.text[:] = unit.latent_rows[row], unit.text_rows[row]
+                new.error, new.bug = old.error, old.bug
+        for worker in list(self._workers):
+            if worker.job in jobs and not worker.left_behind:
+                worker.left_behind = True
+                self._workers.append(self._start_worker())
+        unit.data, unit.jobs = moved.data, moved.jobs
 
-    def _check_tensors(self, spans: list[TensorSpan], latent_shape: tuple[int, ...] | None) -> None:
-        found = {span.name: span for span in spans}
-        embeds, latents = found.get("prompt_embeds"), found.get("latents")
-        width = self._index.embed_dim
-        if embeds is None or embeds.dtype != torch.bfloat16 or len(embeds.shape) != 2 or embeds.shape[1] != width:
-            raise CorruptSample(f"prompt_embeds is {_describe(embeds)}, expected bfloat16 [n_tokens, {width}]")
-        if latent_shape is not None and (
-            latents is None or latents.dtype != torch.bfloat16 or latents.shape != latent_shape
-        ):
-            raise CorruptSample(f"latents is {_describe(latents)}, expected bfloat16 {list(latent_shape)}")
-
-    def _places(self, spans: list[TensorSpan], rows: dict[str, Bytes]) -> list[Bytes]:
-        """Where the bytes of each tensor go, in file order: into `rows` as far as they fit, the rest into scratch."""
-        nothing: Bytes = np.empty(0, dtype=np.uint8)
-        kept = [rows.get(span.name, nothing)[: span.end - span.begin] for span in spans]
-        dropped = [span.end - span.begin - part.size for span, part in zip(spans, kept, strict=True)]
-        scratch, parts = self._scratch.take(sum(dropped)), []
-        for part, num_bytes in zip(kept, dropped, strict=True):
-            parts += [part, scratch[:num_bytes]]
-            scratch = scratch[num_bytes:]
-        for span, part in zip(spans, kept, strict=True):
-            rows.get(span.name, nothing)[part.size :] = 0  # text padding: a reused buffer holds older text
-        return [part for part in parts if part.size]
-
-
-def _describe(span: TensorSpan | None) -> str:
-    return "missing" if span is None else f"{str(span.dtype).removeprefix('torch.')} {list(span.shape)}"
-
-
-def _read_into(file: int, parts: list[Bytes], offset: int) -> None:
-    """Fill `parts` one after the other with the file's bytes from `offset` on."""
-    parts = list(parts)
-    while parts:
-        num_bytes = os.preadv(file, [part.data for part in parts], offset)
-        if num_bytes == 0:
-            raise CorruptSample(f"the shard ends at byte {offset}, it is truncated")
-        offset += num_bytes
-        while parts and num_bytes >= parts[0].size:
-            num_bytes -= parts.pop(0).size
-        if num_bytes:
-            parts[0] = parts[0][num_bytes:]
+    def _landed(self, unit: _Unit, data: UnitData, transfer: Transfer) -> UnitData:
+        """The unit on the device; its successor, if that is read already, is sent on its way."""
+        flight = unit.flight or transfer.begin(unit.tensors)
+        if self._pending and self._pending[0].flight is None and self._pending[0].is_read:
+            self._pending[0].flight = transfer.begin(self._pending[0].tensors)
+        prompt_embeds, *latents = flight.land()
+        return replace(data, prompt_embeds=prompt_embeds, latents=latents[0] if latents else None)

@@ -59,6 +59,7 @@ class Stream:
             damaged tensor trains silently.
         retries, read_timeout_s: how often a read that failed for want of the disk or the network is repeated, and the
             time after which a sample counts as unreadable.
+        device: where the batches' large tensors are delivered; CUDA copies one batch ahead.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Stream:
         retries: int = 0,
         read_timeout_s: float | None = None,
         prefetch_units: int = 4,
+        device: torch.device | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise UserError(f"data.on_error: {on_error!r}: expected 'raise' or 'skip'")
@@ -112,8 +114,9 @@ class Stream:
             "check_crc": check_crc,
             "retries": retries,
             "read_timeout_s": read_timeout_s,
+            "device": device,
         }
-        self._negative_embeds = negative_embeds(index, text_tokens)
+        self._negative_embeds = negative_embeds(index, text_tokens).to(device)
         self._unit = 0  # of all ranks: the next call delivers unit _unit + dp_rank
         self._reader: Reader | None = None
         self._retries = 0  # of readers that are closed

@@ -18,10 +18,12 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from webdataset.writer import TarWriter
 
-from sgmd_dist.data import reader as reader_module
+from sgmd_dist.data import worker as worker_module
+from sgmd_dist.data.buffers import BufferPool
 from sgmd_dist.data.format import CorruptSample, write_negative_prompt
 from sgmd_dist.data.index import ShardIndex, consolidate
-from sgmd_dist.data.reader import THREAD_NAME_PREFIX, BufferPool, Reader, UnitData, UnitRequest
+from sgmd_dist.data.reader import THREAD_NAME_PREFIX, Reader, UnitData, UnitRequest
+from sgmd_dist.data.worker import Worker
 
 TEXT_TOKENS = 5  # the samples have 1 to 7 tokens: some are cut, some padded
 
@@ -89,7 +91,7 @@ def test_caption_only_shards_give_no_latents(tmp_path: Path, samples: SimpleName
 def test_more_shards_than_open_files(
     dataset: ShardIndex, samples: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader_module, "_OPEN_FILES_PER_THREAD", 2)
+    monkeypatch.setattr(worker_module, "_OPEN_FILES_PER_THREAD", 2)
     before = len(os.listdir("/proc/self/fd"))
     order = [shard * 5 + place for place in range(3) for shard in range(5)]
     reader = open_reader(dataset, 1, order, num_threads=2)
@@ -303,7 +305,7 @@ def test_a_bug_in_a_thread_surfaces_and_ends_the_reader(dataset: ShardIndex, mon
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Reader, "_fill", broken)
+    monkeypatch.setattr(Worker, "_fill", broken)
     reader = open_reader(dataset)
     with pytest.raises(ZeroDivisionError):
         reader.next()
