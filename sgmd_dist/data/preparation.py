@@ -26,9 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, read_json, write_negative_prompt
-from sgmd_dist.data.index import consolidate
+from sgmd_dist.data.index import consolidate, write_sidecars
 from sgmd_dist.data.manifest import Row
-from sgmd_dist.data.record import build_index, sidecar_path, sidecar_record
 from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.durable import lock, write_durably
 from sgmd_dist.errors import UserError
@@ -308,13 +307,8 @@ def _check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def _encoded_rows(out: Path) -> set[int]:
-    encoded: set[int] = set()
-    for tar_path in sorted(out.glob("*.tar")):
-        sidecar = sidecar_path(tar_path)
-        if not sidecar.exists():  # killed between the two
-            write_durably(sidecar, json.dumps(build_index(tar_path).to_json()).encode())
-        encoded.update(int(key) for key in sidecar_record(tar_path).keys)
-    return encoded
+    """The rows in committed shards. A shard that was killed before it had its sidecar gets one."""
+    return {int(key) for record in write_sidecars(sorted(out.glob("*.tar"))) for key in record.keys}
 
 
 def _skipped_lists(out: Path) -> list[Path]:

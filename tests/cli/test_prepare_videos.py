@@ -20,6 +20,7 @@ from commands import REPO, run
 from sgmd_dist import preflight
 from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.data.record import sidecar_record
+from sgmd_dist.data.verify import verify
 from sgmd_dist.recipe_file import load_recipe
 
 NUM_CLIPS = 40
@@ -97,6 +98,9 @@ def test_killed_on_two_ranks_called_again_and_trained_on(tmp_path: Path, manifes
     }
     by_shape = [sum(number % 3 == shape and number != BROKEN for number in range(NUM_CLIPS)) for shape in range(3)]
     assert np.bincount(index.bucket).tolist() == [by_shape[2], by_shape[0], by_shape[1]]
+
+    report = verify([str(out)])
+    assert report.mistakes == [] and sum(report.samples.values()) == NUM_CLIPS - 1
 
     trained = run(
         f"{sys.executable} launch/train.py recipes/tiny_sgmd.yaml data.shards={out} run.dir={tmp_path}/run"
