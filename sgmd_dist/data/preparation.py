@@ -289,10 +289,11 @@ def _count_attempt(out: Path, settings: dict[str, Any]) -> int:
         state = {"settings": settings, "attempts": 0}
     else:
         state = read_json(path, "delete the folder and begin anew")
-        if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-            raise UserError(f"{path}: holds no settings; delete the folder and begin anew")
+        kinds = {"settings": dict, "attempts": int}
+        if not isinstance(state, dict) or any(type(state.get(name)) is not kind for name, kind in kinds.items()):
+            raise UserError(f"{path}: holds no {' and no '.join(kinds)}; delete the folder and begin anew")
         _check_settings(path, state["settings"], settings)
-    number = int(state["attempts"])
+    number = state["attempts"]
     write_durably(path, json.dumps(state | {"attempts": number + 1}, indent=1).encode())
     return number
 
