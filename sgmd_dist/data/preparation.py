@@ -25,11 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from sgmd_dist.data.examine import build_index
 from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, read_json, write_negative_prompt
-from sgmd_dist.data.index import consolidate
+from sgmd_dist.data.index import consolidate, write_sidecars
 from sgmd_dist.data.manifest import Row
-from sgmd_dist.data.record import sidecar_path, sidecar_record
 from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.durable import lock, write_durably
 from sgmd_dist.errors import UserError
@@ -291,10 +289,11 @@ def _count_attempt(out: Path, settings: dict[str, Any]) -> int:
         state = {"settings": settings, "attempts": 0}
     else:
         state = read_json(path, "delete the folder and begin anew")
-        if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-            raise UserError(f"{path}: holds no settings; delete the folder and begin anew")
+        kinds = {"settings": dict, "attempts": int}
+        if not isinstance(state, dict) or any(type(state.get(name)) is not kind for name, kind in kinds.items()):
+            raise UserError(f"{path}: holds no {' and no '.join(kinds)}; delete the folder and begin anew")
         _check_settings(path, state["settings"], settings)
-    number = int(state["attempts"])
+    number = state["attempts"]
     write_durably(path, json.dumps(state | {"attempts": number + 1}, indent=1).encode())
     return number
 
@@ -309,13 +308,8 @@ def _check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def _encoded_rows(out: Path) -> set[int]:
-    encoded: set[int] = set()
-    for tar_path in sorted(out.glob("*.tar")):
-        sidecar = sidecar_path(tar_path)
-        if not sidecar.exists():  # killed between the two
-            write_durably(sidecar, json.dumps(build_index(tar_path).to_json()).encode())
-        encoded.update(int(key) for key in sidecar_record(tar_path).keys)
-    return encoded
+    """The rows in committed shards. A shard that was killed before it had its sidecar gets one."""
+    return {int(key) for record in write_sidecars(sorted(out.glob("*.tar"))) for key in record.keys}
 
 
 def _skipped_lists(out: Path) -> list[Path]:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import REPO, run
+from commands import REPO, run, run_forked
 
 from sgmd_dist import preflight
 from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.data.record import sidecar_record
+from sgmd_dist.data.verify import verify
 from sgmd_dist.recipe_file import load_recipe
 
 NUM_CLIPS = 40
@@ -59,7 +60,7 @@ def kill_when(command: str, condition: Callable[[], bool], log: Path) -> None:
             shlex.split(command), cwd=REPO, env=environment, stdout=file, stderr=file, start_new_session=True
         )
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 240
             while not condition():
                 assert process.poll() is None and time.monotonic() < end, log.read_text()
                 time.sleep(0.005)
@@ -98,8 +99,11 @@ def test_killed_on_two_ranks_called_again_and_trained_on(tmp_path: Path, manifes
     by_shape = [sum(number % 3 == shape and number != BROKEN for number in range(NUM_CLIPS)) for shape in range(3)]
     assert np.bincount(index.bucket).tolist() == [by_shape[2], by_shape[0], by_shape[1]]
 
-    trained = run(
-        f"{sys.executable} launch/train.py recipes/tiny_sgmd.yaml data.shards={out} run.dir={tmp_path}/run"
+    report = verify([str(out)])
+    assert report.mistakes == [] and sum(report.samples.values()) == NUM_CLIPS - 1
+
+    trained = run_forked(
+        f"python launch/train.py recipes/tiny_sgmd.yaml data.shards={out} run.dir={tmp_path}/run"
         " run.steps=3 run.log_every=1 data.global_batch_size=4 data.micro_batch_size=2 data.lanes=2"
     )
     assert trained.code == 0, trained.output

@@ -201,7 +201,7 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
 
 def test_a_damaged_record_of_settings_is_named(tmp_path: Path) -> None:
     attempt(tmp_path)
-    for content in (b"{", b"[]", b"{}"):
+    for content in (b"{", b"[]", b"{}", b'{"settings": {}}', b'{"settings": {}, "attempts": "1"}'):
         (tmp_path / "preparation.json").write_bytes(content)
         with pytest.raises(UserError, match=r"preparation\.json: .*delete the folder and begin anew"):
             attempt(tmp_path)
