@@ -59,7 +59,7 @@ def run_forked(command: str) -> Done:
     python, *arguments = shlex.split(command)
     assert python == "python" and arguments[0].startswith("launch/"), f"to be run by run(): {command}"
     with tempfile.NamedTemporaryFile(mode="r") as output:
-        process = context.Process(target=_launch, args=(output.name, arguments), daemon=True)
+        process = context.Process(target=_launch, args=(output.name, arguments))
         process.start()
         process.join(TIMEOUT_S)
         if process.exitcode is None:
