@@ -149,7 +149,7 @@ def run(
 @contextmanager
 def _raw(index: ShardIndex) -> Iterator[Callable[[], None]]:
     """One read for each sample, in the order of the shards, into one buffer that is used again."""
-    files = [os.open(path, os.O_RDONLY) for path in index.paths]
+    files = [index.open_shard(shard) for shard in range(len(index.paths))]
     buffer = np.empty(int(index.size.max()), dtype=np.uint8).data
     places = list(zip(index.shard.tolist(), index.offset.tolist(), index.size.tolist(), strict=True))
 
@@ -188,7 +188,7 @@ def _stream(stream: Stream, num_samples: int) -> Callable[[], None]:
 
 def _webdataset(index: ShardIndex) -> IterableDataset[dict[str, Tensor]]:
     """Plain webdataset, which decodes with safetensors' own loader."""
-    dataset = WebDataset([os.fspath(path) for path in index.paths], shardshuffle=False)
+    dataset = WebDataset([str(path) for path in index.paths], shardshuffle=False)
     return dataset.map(_decoded)  # pyright: ignore[reportReturnType]
 
 

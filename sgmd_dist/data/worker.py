@@ -137,11 +137,18 @@ class Worker(threading.Thread):
 
     def _file(self, shard: int) -> int:
         if shard not in self._descriptors:
+            self._close_given_up()
             while len(self._descriptors) >= _OPEN_FILES_PER_THREAD:
                 os.close(self._descriptors.popitem(last=False)[1])
             self._descriptors[shard] = self._index.open_shard(shard)
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
+
+    def _close_given_up(self) -> None:
+        """Close the shards that the node cache has taken away: open ones keep their room on the disk."""
+        for shard, descriptor in list(self._descriptors.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                self._close(shard)
 
     def _close(self, shard: int) -> None:
         descriptor = self._descriptors.pop(shard, None)
