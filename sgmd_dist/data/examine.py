@@ -7,7 +7,7 @@ import os
 import tarfile
 import zlib
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,11 +67,11 @@ def read_sample(file: BufferedReader, key: str, members: Members, layout: str) -
             f" KEY.{TENSORS_SUFFIX}, FastGen's KEY.latent.pth with KEY.txt_emb.pth, rCM's KEY.latent.pt with "
             "KEY.embed.pt)"
         )
-    read = {name: _member_bytes(file, members[extension]) for name, extension in names.items()}
+    read = {name: member_bytes(file, members[extension]) for name, extension in names.items()}
     return RawSample(
         layout,
         {name: (members[extension], read[name]) for name, extension in names.items()},
-        _member_bytes(file, members["json"]) if "json" in members else None,
+        member_bytes(file, members["json"]) if "json" in members else None,
         [name for name in members if name.endswith(_PICKLES)] if layout == OWN_LAYOUT else [],
     )
 
@@ -161,7 +161,7 @@ def build_index(tar_path: str | os.PathLike[str]) -> ShardRecord:
     return ShardRecord(path.name, path.stat().st_size, *kind, keys=list(scan.samples), layout=scan.layout, **places)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def _member_bytes(file: BufferedReader, member: tarfile.TarInfo) -> bytearray:
+def member_bytes(file: BufferedReader | BufferedRandom, member: tarfile.TarInfo) -> bytearray:
     """A member's content, to be looked into without another copy; the tar is known to be long enough."""
     content = bytearray(member.size)
     file.seek(member.offset_data)

@@ -4,9 +4,9 @@
     <out>/skipped/*.jsonl     rows that a rank gave up, appended as it goes
     <out>/skipped.jsonl       all of them, when every row is done
 
-A row is done when a committed shard or a list of skipped rows holds it; nothing else is remembered. Before each attempt
-rank 0 collects what is done and hands out the rest, interleaved, so that any number of ranks may continue. A shard's
-name has the attempt and the rank in it: no two writers ever meet.
+A row is done when a shard or a list of skipped rows holds it; nothing else is remembered. Before each attempt rank 0
+completes the shards that a kill cut off, collects what is done and hands out the rest, interleaved, so that any number
+of ranks may continue. A shard's name has the attempt and the rank in it: no two writers ever meet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, read_json, write_negative_prompt
 from sgmd_dist.data.index import consolidate, write_sidecars
 from sgmd_dist.data.manifest import Row
-from sgmd_dist.data.shards import ShardWriter
+from sgmd_dist.data.shards import ShardWriter, salvage
 from sgmd_dist.durable import lock, write_durably
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
@@ -199,6 +199,7 @@ def _work(
                             max_bytes=shard_bytes,
                         )
                     )
+                    open_writers.callback(writers[result.bucket].close)  # after an error too: rows are costly
                 writers[result.bucket].add(
                     _key(row.number),
                     result.prompt_embeds,
@@ -267,8 +268,10 @@ def _begin(
 ) -> _Attempt:
     """Clean up after a killed attempt, and find what is left to do."""
     number = _count_attempt(out, settings)
-    for left in [*out.glob("*.tar.tmp"), *out.glob("*.json.tmp")]:
+    for left in out.glob("*.json.tmp"):
         left.unlink()
+    for left in sorted(out.glob("*.tar.tmp")):
+        salvage(left)
     if retry_skipped:
         for path in _skipped_lists(out):
             path.unlink()

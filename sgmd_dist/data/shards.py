@@ -15,11 +15,14 @@ what it describes: whatever is visible is whole. To write a data set:
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import tarfile
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,13 +31,15 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from webdataset.writer import TarWriter
 
+from sgmd_dist.data.examine import member_bytes
 from sgmd_dist.data.format import TENSORS_SUFFIX, check_key
-from sgmd_dist.data.members import tar_members
+from sgmd_dist.data.members import Members, scan_tar, tar_members
 from sgmd_dist.data.record import ShardRecord, sidecar_path
 from sgmd_dist.durable import publish, write_durably
 from sgmd_dist.errors import UserError
 
-_RESERVED_JSON = ("bucket", "latent_shape")
+_RESERVED_JSON = ("bucket", "latent_shape", "crc32")
+_END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 
 PathLike = str | os.PathLike[str]
 
@@ -81,6 +86,7 @@ class ShardWriter:
         self._tar: TarWriter | None = None
         self._path = self._temporary = self.folder
         self._rows: list[tuple[str, int, int]] = []  # key, size, crc32 of the shard in work
+        self._num_bytes = 0  # of its tensors
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> ShardWriter:
@@ -115,23 +121,23 @@ class ShardWriter:
 
         Raises `UserError` for a wrong key, shape or dtype, and values that are not finite.
         """
-        tensors = self._checked(key, prompt_embeds, latents, extra_json)
-        description = {"caption": caption, "bucket": self._bucket, "source": source, **extra_json}
+        data = save_safetensors(self._checked(key, prompt_embeds, latents, extra_json))
+        crc32 = zlib.crc32(data)
+        description = {"caption": caption, "bucket": self._bucket, "source": source, "crc32": crc32, **extra_json}
         if latents is None:
             description["latent_shape"] = self.latent_shape
         try:
             description_bytes = json.dumps(description, ensure_ascii=False, sort_keys=True).encode()
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.folder}: key '{key}': json fields cannot be stored: {error}") from error
-        data = save_safetensors(tensors)
         if self._tar is None:
             self._begin_shard()
         assert self._tar is not None
         self._tar.write({"__key__": key, "json": description_bytes, TENSORS_SUFFIX: data})
         self._seen.add(key)
-        self._rows.append((key, len(data), zlib.crc32(data)))
-        num_bytes = sum(size for _, size, _ in self._rows)
-        if len(self._rows) >= self._samples_per_shard or (self._max_bytes and num_bytes >= self._max_bytes):
+        self._rows.append((key, len(data), crc32))
+        self._num_bytes += len(data)
+        if len(self._rows) >= self._samples_per_shard or (self._max_bytes and self._num_bytes >= self._max_bytes):
             self._finish_shard()
 
     def close(self) -> None:
@@ -174,6 +180,7 @@ class ShardWriter:
                 raise UserError(f"{path}: exists already; write into an empty folder or choose another prefix")
         self._temporary = self._path.with_name(self._path.name + ".tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by _finish_shard or _discard
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # for `salvage`, and as long as this process lives
         # A constant mtime: two runs over the same samples write the same bytes. A float would cost every member an
         # extended header of 1 KB.
         self._tar = TarWriter(self._file, encoder=False, mtime=0)
@@ -201,7 +208,7 @@ class ShardWriter:
             crc32=crc32,
         )
         write_durably(sidecar_path(self._path), json.dumps(record.to_json()).encode())
-        self._file, self._rows, self._num_shards = None, [], self._num_shards + 1
+        self._file, self._rows, self._num_bytes, self._num_shards = None, [], 0, self._num_shards + 1
 
     def _discard(self) -> None:
         with suppress(OSError, ValueError):  # a full disk fails again here; the file goes in any case
@@ -211,3 +218,46 @@ class ShardWriter:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
         self._tar, self._rows = None, []
+
+
+def salvage(temporary: Path) -> Path | None:
+    """Give the shard that a killed `ShardWriter` left under its temporary name its end and its own name.
+
+    It ends after the last of the samples that are whole, by the crc32 in their json. Its index is not written.
+
+    Returns:
+        The shard, or None where it had no whole sample: it is removed then.
+
+    Raises:
+        UserError: a living process writes it.
+    """
+    with open(temporary, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{temporary}: another process writes this shard; wait for it, or stop it") from None
+        end = 0
+        for members in scan_tar(temporary, file).samples.values():
+            if not _is_whole(file, members):
+                break
+            end = file.seek(-(-file.tell() // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        if end == 0:
+            temporary.unlink()
+            return None
+        file.truncate(end)
+        file.seek(end)
+        file.write(_END_OF_TAR)
+        final = temporary.with_suffix("")
+        publish(file, temporary, final)
+        return final
+
+
+def _is_whole(file: BufferedRandom, members: Members) -> bool:
+    """Whether both members of a sample are what was written; leaves `file` behind them."""
+    if members.keys() != {"json", TENSORS_SUFFIX}:
+        return False
+    description, data = (member_bytes(file, members[name]) for name in ("json", TENSORS_SUFFIX))
+    try:
+        return json.loads(description)["crc32"] == zlib.crc32(data)
+    except (ValueError, KeyError, TypeError):
+        return False

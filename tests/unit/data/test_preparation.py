@@ -102,8 +102,8 @@ def test_a_second_call_does_what_the_first_one_left(tmp_path: Path) -> None:
     assert before and not (tmp_path / "index.json").exists()
     encoder = Numbers(skip=[1])
     summary = attempt(tmp_path, encoder)
-    assert (summary.num_encoded, summary.num_skipped) == (19, 1) and summary.num_new == len(encoder.seen) < 16
-    assert 1 not in encoder.seen and set(range(12, 20)) <= set(encoder.seen)
+    assert (summary.num_encoded, summary.num_skipped) == (19, 1) and summary.num_new == 8
+    assert encoder.seen == list(range(12, 20))
     assert contents(tmp_path).items() >= before.items()
     assert encoded(tmp_path) == [number for number in range(20) if number != 1]
     assert [line["row"] for line in skipped(tmp_path)] == [1]

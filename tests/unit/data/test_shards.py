@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +64,9 @@ def test_a_sample_is_a_json_and_a_safetensors_member_that_plain_webdataset_reads
     assert [sample["__key__"] for sample in read] == dataset.keys
     for number, sample in enumerate(read):
         description = json.loads(sample["json"])
-        assert description == {"caption": f"caption {number}", "bucket": "wide", "source": "", "number": number}
+        crc32 = zlib.crc32(sample["sample.safetensors"])
+        fields = {"caption": f"caption {number}", "bucket": "wide", "source": "", "number": number}
+        assert description == {**fields, "crc32": crc32}
         tensors = load_safetensors(sample["sample.safetensors"])
         assert torch.equal(tensors["latents"], samples.latents_of(number))
         assert torch.equal(tensors["prompt_embeds"], samples.embeds_of(number))
