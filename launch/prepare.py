@@ -296,7 +296,7 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
         "--shard-megabytes",
         type=positive_float,
         default=512.0,
-        help="a shard is closed at this size; a kill loses what each rank's unfinished ones hold; default: 512",
+        help="a shard is closed at this size; default: 512",
     )
     command.add_argument("--retry-skipped", action="store_true", help="try again what was skipped before")
 

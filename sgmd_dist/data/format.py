@@ -32,6 +32,7 @@ _DTYPES = {
 MAX_HEADER_BYTES = 1 << 18
 _MAX_DIMS = 8
 _MAX_ELEMENTS = 1 << 40
+_DATA_ALIGNMENT_BYTES = 64  # members of a tar begin at 512; a read whose bytes lie at 16 takes a third longer
 
 _KEY = re.compile(r"[^\s./\\]{1,80}")  # 80: a USTAR member name has 100 bytes, the longer suffix takes 19
 
@@ -66,6 +67,14 @@ class TensorSpan:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+def safetensors_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """A safetensors file whose data begin at a multiple of 64: the header ends in spaces, as the format allows."""
+    data = save_safetensors(tensors)
+    start = 8 + int.from_bytes(data[:8], "little")
+    padding = -start % _DATA_ALIGNMENT_BYTES
+    return b"".join([(start - 8 + padding).to_bytes(8, "little"), data[8:start], b" " * padding, data[start:]])
 
 
 def safetensors_header_bytes(head: memoryview, total_bytes: int) -> int:

@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from webdataset.writer import TarWriter
 
 from sgmd_dist.data.examine import member_bytes
-from sgmd_dist.data.format import TENSORS_SUFFIX, check_key
+from sgmd_dist.data.format import TENSORS_SUFFIX, check_key, safetensors_bytes
 from sgmd_dist.data.members import Members, scan_tar, tar_members
 from sgmd_dist.data.record import ShardRecord, sidecar_path
 from sgmd_dist.durable import publish, write_durably
@@ -121,7 +120,7 @@ class ShardWriter:
 
         Raises `UserError` for a wrong key, shape or dtype, and values that are not finite.
         """
-        data = save_safetensors(self._checked(key, prompt_embeds, latents, extra_json))
+        data = safetensors_bytes(self._checked(key, prompt_embeds, latents, extra_json))
         crc32 = zlib.crc32(data)
         description = {"caption": caption, "bucket": self._bucket, "source": source, "crc32": crc32, **extra_json}
         if latents is None:

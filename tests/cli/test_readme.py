@@ -41,7 +41,7 @@ NOT_RUN = {
     "make install": "has run",
     ". .venv/bin/activate": "stands in PATH",
     "torchrun --nnodes=8": "needs 8 nodes",
-    "torchrun --nproc-per-node=8 launch/prepare.py videos": "needs a model's folder; test_prepare_videos.py has its own",
+    "torchrun --nproc-per-node=8 launch/prepare.py videos": "needs a model; test_prepare_videos.py makes one",
     "tensorboard --logdir runs": "serves until it is stopped",
 }
 
