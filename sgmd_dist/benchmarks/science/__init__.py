@@ -1,0 +1,1 @@
+"""Objectives side by side in small worlds whose truth is known."""
