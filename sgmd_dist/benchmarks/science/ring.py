@@ -14,8 +14,8 @@ from sgmd_dist.benchmarks.science.exact import Mixture, MixtureWorld
 
 NUM_MODES = 8
 NUM_CLASSES = 2
-RADIUS = 1.5
-STD = 0.15  # neighbours are 7.6 std apart
+RADIUS = 2.0
+STD = 0.2  # neighbours are 7.6 std apart
 
 
 def build() -> MixtureWorld:
@@ -25,9 +25,9 @@ def build() -> MixtureWorld:
         (2, 1, 1, 1),
         _mixture(),
         batch_size=128,
-        guidance_scale=3.0,
+        guidance_scale=2.0,
         sigma_shift=5.0,
-        num_samples=2048,
+        num_samples=4096,
     )
 
 
