@@ -247,15 +247,17 @@ class Distillation:
         return next(part for part in parts if drawn in part)
 
     def scores(self, roles: Roles, batch: Batch, state: StepState, at: Renoised) -> tuple[Tensor, Tensor]:
-        """x0-predictions (fake, guided teacher) at `at.x_sigma`; the teacher's with a gradient to `x_sigma` where
-        `teacher_gradient` is `input`, and without any elsewhere."""
+        """x0-predictions (fake, guided teacher) at `at.x_sigma`; see `teacher_x0`."""
         fake = roles["fake_score"](at.x_sigma, at.sigma, batch.prompt_embeds, at.level)
-        through_teacher = torch.is_grad_enabled() and self.teacher_gradient == "input"
-        x_teacher = at.x_sigma if through_teacher else at.x_sigma.detach()
-        with torch.set_grad_enabled(through_teacher):
-            teacher = self.teacher_velocity(roles, batch, state)(x_teacher, at.sigma, at.level)
-        x0_fake = flow.x0_from_velocity(at.x_sigma, fake, at.sigma)
-        return x0_fake, flow.x0_from_velocity(x_teacher, teacher, at.sigma)
+        return flow.x0_from_velocity(at.x_sigma, fake, at.sigma), self.teacher_x0(roles, batch, state, at)
+
+    def teacher_x0(self, roles: Roles, batch: Batch, state: StepState, at: Renoised) -> Tensor:
+        """The guided teacher's x0-prediction at `at.x_sigma`, with a gradient where `teacher_gradient` is `input`."""
+        through_input = torch.is_grad_enabled() and self.teacher_gradient == "input"
+        x_sigma = at.x_sigma if through_input else at.x_sigma.detach()
+        with torch.set_grad_enabled(through_input):
+            teacher = self.teacher_velocity(roles, batch, state)(x_sigma, at.sigma, at.level)
+        return flow.x0_from_velocity(x_sigma, teacher, at.sigma)
 
     def teacher_velocity(self, roles: Roles, batch: Batch, state: StepState) -> flow.Velocity:
         """The guided teacher as a function of (x, sigma, level)."""

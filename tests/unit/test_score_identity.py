@@ -246,11 +246,14 @@ def test_sim_descends_the_pseudo_huber_divergence_at_fixed_noisy_samples(huber_c
 # -- one dimension: x_g = s z, teacher N(0, 1) --------------------------------------------------------------------
 
 
-def scale_gradient(s: float, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> float:
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of x_g, f_F, f_T and n
+
+
+def scale_gradient(s: float, loss: Loss, num_nodes: int = 3) -> float:
     """d E[L_G] / d s over all noise levels of the defaults, with the wide latents' n = E |x_g - f_T|."""
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     sigma = flow.renoise_sigma(u, 5.0, 0.02, 0.98)
-    nodes, weights = hermite(3, dims=2)
+    nodes, weights = hermite(num_nodes, dims=2)
     z, noise = (column.repeat(len(sigma))[:, None] for column in nodes.T)
     levels, weights = sigma.repeat_interleave(len(nodes)), weights.repeat(len(sigma)) / len(sigma)
     a, scale = 1 - levels, f64(s).requires_grad_()
@@ -273,6 +276,21 @@ def test_sid_rests_at_the_teachers_std_without_contraction(alpha: float) -> None
     for s in (1.01, 2.0, 5.0):
         assert sid_scale_gradient(s, alpha) > 0
     assert abs(sid_scale_gradient(1.0, alpha)) < 1e-12
+
+
+def dmd(x_g: Tensor, fake: Tensor, teacher: Tensor, n: Tensor) -> Tensor:
+    return dmd2.dmd_loss(x_g, dmd2.dmd_gradient(fake, teacher, n).detach())
+
+
+def robust(x_g: Tensor, fake: Tensor, teacher: Tensor, n: Tensor) -> Tensor:
+    return sim_loss(Draws(x_g, n, fake, teacher, n), huber_c=0.3)
+
+
+@pytest.mark.parametrize("loss, num_nodes", [(dmd, 3), (robust, 12)])
+def test_dmd2_and_sim_rest_there_too(loss: Loss, num_nodes: int) -> None:
+    gradients = [scale_gradient(s, loss, num_nodes) for s in (0.3, 0.99, 1.01, 2.0, 5.0)]
+    assert [gradient > 0 for gradient in gradients] == [False, False, True, True, True]
+    assert abs(scale_gradient(1.0, loss, num_nodes)) < 1e-12
 
 
 def test_a_larger_alpha_widens_a_narrow_generator_faster_and_loses_a_wide_one() -> None:
