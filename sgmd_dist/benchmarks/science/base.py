@@ -27,6 +27,7 @@ class World(Protocol):
         guidance_scale: of the teacher.
         sigma_shift: of the chain and of the renoising levels.
         num_samples: how many are scored.
+        num_reference: teacher samples that they are scored against.
     """
 
     name: str
@@ -35,6 +36,7 @@ class World(Protocol):
     guidance_scale: float
     sigma_shift: float
     num_samples: int
+    num_reference: int
 
     def networks(self) -> Mapping[str, tuple[nn.Module, RunnableModel]]:
         """New teacher, generator and fake_score; the latter two start as the teacher without guidance."""
@@ -55,7 +57,7 @@ class World(Protocol):
         ...
 
     def score(self, samples: Tensor, reference: Tensor) -> dict[str, float]:
-        """Scores of samples for `prompts(N)` against teacher samples for the same prompts, `[N, C, F, H, W]` both.
+        """Scores of samples for `prompts(N)` against teacher samples for `prompts(M)`, `[M, C, F, H, W]`.
 
         `swd` is among them: the quality that budgets are compared at, lower is better.
         """

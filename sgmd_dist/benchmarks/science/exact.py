@@ -223,7 +223,7 @@ class MixtureWorld:
         self.batch_size = batch_size
         self.guidance_scale = guidance_scale
         self.sigma_shift = sigma_shift
-        self.num_samples = num_samples
+        self.num_samples = self.num_reference = num_samples
         self._model = ExactModel(latent_shape, mixture.num_prompts)
         self._teacher_samples: dict[tuple[int, int], Tensor] = {}
 

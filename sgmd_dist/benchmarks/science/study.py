@@ -83,9 +83,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, folder: Path | None) -> list[Cur
     wanted = {job.digest: job for job in jobs}
     found = {digest: curve for digest, job in wanted.items() if (curve := _kept(job, folder)) is not None}
     missing = [job for digest, job in wanted.items() if digest not in found]
-    for name, count in {(job.world, job.budget.num_samples) for job in missing}:
-        world = world_of(name)
-        world.teacher_samples(count or world.num_samples, REFERENCE_SEED)  # once, for all workers
+    for world in {job.world: world_of(job.world) for job in missing}.values():
+        world.teacher_samples(world.num_reference, REFERENCE_SEED)  # once, for all workers
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers' torch
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run_job, job): job for job in missing}

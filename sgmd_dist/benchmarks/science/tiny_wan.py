@@ -36,8 +36,8 @@ _TEACHER_STEPS = 30
 _FAST = 1.25  # pixels per frame: between the world's second and its fastest speed
 _SUBPIXELS = 4  # places of a shape per pixel and axis that a frame is held against
 _CHUNK = 32
-_FLOOR_SEED = 2  # of teacher samples besides the reference
-_NUM_SPLITS = 16
+_NUM_SPLITS = 4
+_SHIFT = 6  # pixels between the places that a video is brought to
 
 
 def build() -> TinyWan:
@@ -59,11 +59,12 @@ class TinyWan:
     guidance_scale = 3.0
     sigma_shift = 5.0
     num_samples = 256
+    num_reference = 1024
 
     def __init__(self) -> None:
         self.world = MovingShapes()
         self.latent_shape: LatentShape = self.world.latent_shape
-        self._floors: dict[int, float] = {}
+        self._floors: dict[tuple[int, int], float] = {}
         self.model: VideoModel = wan.build(
             wan.Section(compute_dtype="float32", text_tokens=_TEXT_TOKENS, boundary_ratio=None), str(FOLDER), "FOLDER"
         )
@@ -134,14 +135,15 @@ class TinyWan:
     def score(self, samples: Tensor, reference: Tensor) -> dict[str, float]:
         """Scores of samples for `prompts(N)` against the guided teacher's, `[N, C, F, H, W]` both.
 
-        swd: the sliced Wasserstein distance above that of two sets of teacher samples of this size, the root of the
-        difference of squares: a few hundred videos are far from others of their own distribution. motion_ratio,
+        swd: the sliced Wasserstein distance of the videos, each at several places of the torus, above that of teacher
+        samples, as the root of the difference of squares: a few hundred videos are far from others of their own
+        distribution. It does not see where on the torus the videos are; energy_distance does. motion_ratio,
         speed_ratio, jitter_ratio: means over the reference's. speed_distance: 1-Wasserstein distance of the speeds, in
         pixels per frame. fast_ratio: share of videos of the fastest mode over the reference's. shape_error: see
         `shape_error`.
         """
         speeds, wanted = speed(samples), speed(reference)
-        excess = sliced_wasserstein(samples, reference) ** 2 - self._floor(len(samples)) ** 2
+        excess = _distance(samples, reference) ** 2 - self._floor(len(samples), len(reference)) ** 2
         return {
             "swd": max(excess, 0.0) ** 0.5,
             "energy_distance": energy_distance(samples.flatten(1), reference.flatten(1)),
@@ -153,14 +155,29 @@ class TinyWan:
             "shape_error": float(shape_error(samples, self._captions(len(samples))).mean()),
         }
 
-    def _floor(self, count: int) -> float:
-        """The sliced Wasserstein distance of two sets of so many teacher samples, over random splits."""
-        if count not in self._floors:
-            pool = torch.cat([self.teacher_samples(count, seed) for seed in (REFERENCE_SEED, _FLOOR_SEED)])
-            orders = (rng.permutation(2 * count, 0, "science/floor", split) for split in range(_NUM_SPLITS))
-            found = [sliced_wasserstein(pool[order[:count]], pool[order[count:]]) for order in orders]
-            self._floors[count] = root_mean_square(found)
-        return self._floors[count]
+    def _floor(self, count: int, num_reference: int) -> float:
+        """The sliced Wasserstein distance of `count` teacher samples to others, over random splits of the reference.
+
+        Its square is a sum of both sets' parts, inverse to their sizes, by which it is brought to the reference's size.
+        """
+        if (count, num_reference) not in self._floors:
+            pool = self.teacher_samples(num_reference, REFERENCE_SEED)
+            orders = (rng.permutation(num_reference, 0, "science/floor", split) for split in range(_NUM_SPLITS))
+            found = [_distance(pool[order[:count]], pool[order[count:]]) for order in orders]
+            scale = (1 / count + 1 / num_reference) / (1 / count + 1 / (num_reference - count))
+            self._floors[count, num_reference] = root_mean_square(found) * scale**0.5
+        return self._floors[count, num_reference]
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return sliced_wasserstein(_everywhere(a), _everywhere(b))
+
+
+def _everywhere(latents: Tensor) -> Tensor:
+    """Every video at a grid of places of the torus: `[N, C, F, H, W]` to `[P N, C, F, H, W]`."""
+    height, width = latents.shape[3:]
+    places = [(y, x) for y in range(0, height, _SHIFT) for x in range(0, width, _SHIFT)]
+    return torch.cat([latents.roll(place, (3, 4)) for place in places])
 
 
 def shape_error(samples: Tensor, captions: list[str]) -> Tensor:

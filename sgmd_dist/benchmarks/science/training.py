@@ -106,7 +106,7 @@ class Training:
         self.roles = build_roles(networks, trained, optim, num_steps=1, recomputes=False)
         self.curve = Curve(world.name, method.name, lr, seed)
         self._embeds, self._negative = world.prompts(num_evaluated)
-        self._reference = world.teacher_samples(num_evaluated, REFERENCE_SEED)
+        self._reference = world.teacher_samples(world.num_reference, REFERENCE_SEED)
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self.steps, self.passes, self.cpu_s, self._unit = 0, 0.0, 0.0, 0
 
