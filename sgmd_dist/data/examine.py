@@ -80,6 +80,17 @@ def read_sample(file: BufferedReader, key: str, members: Members, layout: str) -
     )
 
 
+def tensors_of(sample: RawSample) -> dict[str, Tensor]:
+    """A sample's tensors by name.
+
+    Raises:
+        CorruptSample: its bytes are none.
+    """
+    if sample.layout == OWN_LAYOUT:
+        return parse_safetensors(memoryview(sample.tensors[TENSORS_SUFFIX][1]))
+    return decode_members({name: data for name, (_, data) in sample.tensors.items()})
+
+
 def describe(sample: RawSample) -> tuple[Kind | None, list[str]]:
     """A sample's kind, where that can be told, and everything that is wrong with its content."""
     mistakes = [f"has a member .{name}: shards of this layout hold no pickles; remove it" for name in sample.pickles]
@@ -97,10 +108,7 @@ def describe(sample: RawSample) -> tuple[Kind | None, list[str]]:
         elif not isinstance(content.get("caption", ""), str):
             mistakes.append(f"its json has the caption {brief(content['caption'])}, expected a text")
     try:
-        if sample.layout == OWN_LAYOUT:
-            tensors = parse_safetensors(memoryview(sample.tensors[TENSORS_SUFFIX][1]))
-        else:
-            tensors = decode_members({name: data for name, (_, data) in sample.tensors.items()})
+        tensors = tensors_of(sample)
     except CorruptSample as error:
         return None, [*mistakes, str(error)]
     latents, embeds, noise = (tensors.get(name) for name in ("latents", "prompt_embeds", "noise"))

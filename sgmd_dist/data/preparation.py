@@ -280,8 +280,9 @@ def _begin(
             path.unlink()
     if not (out / NEGATIVE_PROMPT_NAME).exists():
         write_negative_prompt(out, encoder.negative_embeds())
-    encoded = _encoded_rows(out)
-    skipped = _skipped_rows(out).keys() - encoded
+    asked = {row.number for row in rows}  # an attempt before may have been asked for more
+    encoded = _encoded_rows(out) & asked
+    skipped = (_skipped_rows(out).keys() & asked) - encoded
     remaining = [row.number for row in rows if row.number not in encoded and row.number not in skipped]
     return _Attempt(number, remaining, len(encoded), len(skipped))
 

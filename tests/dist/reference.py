@@ -117,7 +117,8 @@ class Reference:
         weight = objective.diversity.weight.at(step) if objective.name == "sgmd" else 0.0
         first, group = int(weight > 0), unit * objective.exit_groups // self.num_units
         seed = self.recipe.run.seed
-        exit_index = first + rng.integer(4 - first, seed, f"{purpose}/exit", step, group, update)
+        choices = objective.student_steps - first
+        exit_index = first + rng.integer(choices, seed, f"{purpose}/exit", step, group, update)
         counters = () if purpose == "rollout" else (update,)
         x = noise = self.noise(purpose, batch, *counters)
         extra = torch.zeros(())
@@ -183,7 +184,12 @@ class Reference:
             target = x_g - (f_fake - f_teacher) / n
         return 0.5 * ((x_g - target) ** 2).mean()
 
+    def dmd_loss(self, batch: Batch, x_g: Tensor) -> Tensor:
+        z, y = batch.noise.float(), batch.latents.float()
+        x0 = z - self.velocity(self.generator, z, torch.ones(batch.size), batch.prompt_embeds)
+        return self.dmd2_loss(batch, x_g) + self.recipe.objective.regression_weight.at(0) * ((x0 - y) ** 2).mean()
+
     def fake_loss(self, batch: Batch, x_g: Tensor, update: int) -> Tensor:
         x, sigma, noise = self.renoise(x_g, batch, "fake", update)
         error = ((self.velocity(self.fake_score, x, sigma, batch.prompt_embeds) - (noise - x_g)) ** 2).mean()
-        return error if self.recipe.objective.name == "dmd2" else 0.5 * error
+        return error if self.recipe.objective.name in ("dmd", "dmd2") else 0.5 * error
