@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from sgmd_dist import flow
 from sgmd_dist.adapters import Switch, adapter_parameters
-from sgmd_dist.models.base import VideoModel
+from sgmd_dist.models.base import RunnableModel
 from sgmd_dist.recipe import AdamWSection, LrScheduleSection, OptimSection
 from sgmd_dist.shard import local
 
@@ -81,7 +81,7 @@ class Role:
         parameters: what training this role changes, sharded, by name: the adapter's tensors, or the whole module's.
     """
 
-    def __init__(self, name: str, module: nn.Module, model: VideoModel, *, recomputes: bool = False) -> None:
+    def __init__(self, name: str, module: nn.Module, model: RunnableModel, *, recomputes: bool = False) -> None:
         self.name = name
         self.module = module
         self.model = model
@@ -266,7 +266,7 @@ def lr_factor(section: LrScheduleSection, step: int, num_steps: int) -> float:
 
 
 def build_roles(
-    modules: Mapping[str, tuple[nn.Module, VideoModel]],
+    modules: Mapping[str, tuple[nn.Module, RunnableModel]],
     trained: set[str],
     optim: OptimSection,
     num_steps: int,
