@@ -11,6 +11,7 @@ from ranks import RankError, run_ranks
 from reference import Reference
 from running import parameter_difference, train
 from safetensors.torch import load as load_safetensors
+from test_dry_run import dry
 from test_planner import passes_by_exit, sent_bytes, two_each
 
 from sgmd_dist.assemble import build_model, load_network
@@ -18,6 +19,7 @@ from sgmd_dist.data.captions import StoredCaptions
 from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.data.preparation import Summary
 from sgmd_dist.data.verify import verify
+from sgmd_dist.dryrun import check_equal
 from sgmd_dist.errors import UserError
 from sgmd_dist.pairs import PairRows, chain_of, make_pairs, pair_noise
 from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
@@ -197,3 +199,9 @@ def test_what_a_dmd_step_sends_is_planned(by_one_rank: Path, recipe_path: Path) 
     plan = make_plan(load_recipe(recipe_path, [two_each(2), *overrides]), Machine(1, 2, 80))
     planned = {flow.kind: flow.sent_bytes for flow in plan.flows}
     assert sent == {kind: planned[kind] for kind in ("all-gather", "reduce-scatter")}
+
+
+def test_a_dry_run_needs_no_pairs(recipe_path: Path) -> None:
+    traces = dry(recipe_path, DMD, 2, [0, 1])
+    check_equal(traces)
+    assert [part.name for part in traces[0].last_step] == ["step 2, generator", "step 2, fake_score"]

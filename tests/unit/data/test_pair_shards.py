@@ -186,6 +186,35 @@ def test_damaged_noise_is_delivered_as_zeros_with_its_reason(pairs: ShardIndex) 
     assert unit.noise is not None and torch.equal(unit.noise[0], noise_of(0)) and not unit.noise[1].any()
 
 
+class Copies:
+    """Stands for the copies to a device, in the order of the tensors that it is given."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors = [tensor.clone() for tensor in tensors]
+
+    def land(self) -> list[torch.Tensor]:
+        return self.tensors
+
+
+@pytest.mark.parametrize("folder", ["pairs", "data"])
+def test_what_a_device_gets_is_what_was_read(
+    pairs: ShardIndex, dataset: ShardIndex, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = {"pairs": pairs, "data": dataset}[folder]
+    with stream_of(index) as there, stream_of(index) as here:
+        reader = there._open_reader()
+        monkeypatch.setattr(reader, "_transfer", SimpleNamespace(begin=Copies))
+        monkeypatch.setattr(there, "_reader", reader)
+        for _ in range(6):
+            found, expected = there.next(), here.next()
+            assert found.keys == expected.keys and torch.equal(found.prompt_embeds, expected.prompt_embeds)
+            assert found.latents is not None and expected.latents is not None
+            assert torch.equal(found.latents, expected.latents)
+            assert (found.noise is None) == (expected.noise is None) == (folder == "data")
+            if found.noise is not None and expected.noise is not None:
+                assert torch.equal(found.noise, expected.noise) and not torch.equal(found.noise, found.latents)
+
+
 # -- verifying --------------------------------------------------------------------------------------------------
 
 
