@@ -41,7 +41,7 @@ class _Batches:
 
 @pytest.mark.parametrize(
     "name, checkpointing",
-    [("sgmd", "none"), ("sgmd", "block"), ("sgmd", "selective"), ("dmd", "none")],
+    [("sgmd", "none"), ("sgmd", "block"), ("sgmd", "selective"), ("sid", "none"), ("sid", "block"), ("dmd", "none")],
 )
 def test_the_planned_peak_is_that_of_a_step(
     tiny_recipe: MakeRecipe, alone: torch.device, name: str, checkpointing: str
