@@ -1,11 +1,12 @@
-"""Make data: videos with captions, or captions alone, as shards; the synthetic video world, and its tiny text
-encoder. Index and verify shards.
+"""Make data: videos with captions, or captions alone, as shards; pairs of noise and a teacher's sample; the synthetic
+video world, and its tiny text encoder. Index and verify shards.
 
     torchrun --nproc-per-node=N launch/prepare.py videos MANIFEST|FOLDER OUT --pretrained DIR --buckets 81x480x832,...
     torchrun --nproc-per-node=N launch/prepare.py prompts FILE OUT --pretrained DIR --video 81 480 832
+    torchrun --nproc-per-node=N launch/prepare.py pairs RECIPE OUT --samples 10000 [key.sub=value ...]
 
-One process or many do `videos` and `prompts`. The same command, on any number of ranks, continues what was killed.
-Exit code 75: stopped by SIGTERM or SIGUSR1, with whole shards.
+One process or many do `videos`, `prompts` and `pairs`. The same command, on any number of ranks, continues what was
+killed. Exit code 75: stopped by SIGTERM or SIGUSR1, with whole shards.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from sgmd_dist.data.manifest import Row
-    from sgmd_dist.data.preparation import RowEncoder
+    from sgmd_dist.data.preparation import RowEncoder, Summary
 
 DTYPES = ("bfloat16", "float32")
 
@@ -121,9 +122,35 @@ def _prepare(
             retry_skipped=args.retry_skipped,
             stop=stop,
         )
+    return _told(args.out, summary)
+
+
+def _told(out: Path, summary: Summary) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{args.out}: {summary.text()}", flush=True)
+        print(f"{out}: {summary.text()}", flush=True)
     return EXIT_PREEMPTED if summary.stopped else EXIT_DONE
+
+
+def prepare_pairs(args: argparse.Namespace) -> int:
+    from sgmd_dist.pairs import chain_of, make_pairs
+    from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
+    from sgmd_dist.preemption import stop_requests
+    from sgmd_dist.recipe_file import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    chain, layout = chain_of(recipe, args.steps), recipe.layout(world_size())
+    with process_group() as device, stop_requests() as stop:
+        summary = make_pairs(
+            recipe,
+            build_mesh(layout, device),
+            args.out,
+            chain,
+            num_pairs=args.samples,
+            shard_bytes=int(args.shard_megabytes * 2**20),
+            retry_skipped=args.retry_skipped,
+            stop=stop,
+        )
+    return _told(args.out, summary)
 
 
 def prepare_world(args: argparse.Namespace) -> None:
@@ -238,14 +265,19 @@ def frames_per_second(text: str) -> Fraction:
 @reports_user_errors
 def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="videos|prompts|world|text-encoder|index|verify")
+    commands = parser.add_subparsers(required=True, metavar="videos|prompts|pairs|world|text-encoder|index|verify")
     _add_videos(commands)
     _add_prompts(commands)
+    _add_pairs(commands)
     _add_world(commands)
     _add_text_encoder(commands)
     _add_index(commands)
     _add_verify(commands)
-    args = parser.parse_args()
+    args, rest = parser.parse_known_args()  # overrides may stand behind options
+    if rest and (args.run is not prepare_pairs or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.run is prepare_pairs:
+        args.overrides += rest
     return args.run(args)
 
 
@@ -284,14 +316,34 @@ def _add_prompts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.set_defaults(run=prepare_prompts)
 
 
+def _add_pairs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    description = "noise with what a recipe's guided teacher makes of it, for dmd's regression"
+    command = commands.add_parser("pairs", help=description, description=description)
+    command.add_argument("recipe", help="YAML file of a distillation; its data.shards have the captions")
+    _add_out(command)
+    command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the recipe")
+    command.add_argument("--samples", type=positive_int, help="pairs to make in all; default: one for each caption")
+    command.add_argument("--steps", type=positive_int, default=50, help="of the teacher's chain; default: 50")
+    _add_shards(command)
+    command.set_defaults(run=prepare_pairs)
+
+
 def _add_preparation(command: argparse.ArgumentParser) -> None:
-    command.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; begun before: continue")
+    _add_out(command)
     command.add_argument("--pretrained", type=Path, required=True, help="local diffusers folder of the pipeline")
     command.add_argument("--split", help="take the rows of this split")
     command.add_argument("--negative-prompt", default="", metavar="TEXT", help="of guidance; default: none")
     command.add_argument("--max-tokens", type=positive_int, default=512, help="of a caption; default: 512, Wan's")
     command.add_argument("--text-dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     command.add_argument("--text-batch", type=positive_int, default=16, help="captions at once; default: 16")
+    _add_shards(command)
+
+
+def _add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; begun before: continue")
+
+
+def _add_shards(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shard-megabytes",
         type=positive_float,

@@ -22,6 +22,7 @@ class Batch:
         prompt_embeds: `[B, T, D]`, zero-padded to the model's T text tokens.
         negative_embeds: `[1, T, D]`, the data set's negative-prompt embedding.
         latents: real latents `[B, C, F, H, W]`, or None where the shards hold captions only.
+        noise: `[B, C, F, H, W]`, of which a teacher made `latents`, or None where the shards hold no such pairs.
         valid: `[B]` bool; False marks a position whose sample could not be read: it weighs nothing.
     """
 
@@ -32,6 +33,7 @@ class Batch:
     negative_embeds: Tensor
     latents: Tensor | None
     valid: Tensor
+    noise: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -45,4 +47,5 @@ class Batch:
             negative_embeds=self.negative_embeds.to(device, non_blocking=True),
             latents=None if self.latents is None else self.latents.to(device, non_blocking=True),
             valid=self.valid.to(device, non_blocking=True),
+            noise=None if self.noise is None else self.noise.to(device, non_blocking=True),
         )

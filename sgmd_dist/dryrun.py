@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from loguru import logger
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -107,9 +108,9 @@ def trace(recipe: Recipe, world_size: int, rank: int) -> RankTrace:
                 tracer.assign("parameters", module.buffers())
             networks = networks_by_role(modules, plans, objective.roles)
             text_dim = generator.text_dim()
-            batches = FakeBatches(
-                recipe, mesh, latent_shape, text_dim, with_latents=objective.needs_latents is not None
-            )
+            has_noise = objective.needs_pairs is not None
+            has_latents = has_noise or objective.needs_latents is not None
+            batches = FakeBatches(recipe, mesh, latent_shape, text_dim, with_latents=has_latents, with_noise=has_noise)
             stepper = _TracedStepper(recipe, mesh, objective, networks, batches)
             stepper.trace(tracer)
     return RankTrace(rank, tracer.parts, time.perf_counter() - start)
@@ -199,11 +200,19 @@ class FakeBatches:
     """Batches as the stream's, without data: every sample is there and none has a value."""
 
     def __init__(
-        self, recipe: Recipe, mesh: Mesh, latent_shape: LatentShape, text_dim: int, *, with_latents: bool
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        latent_shape: LatentShape,
+        text_dim: int,
+        *,
+        with_latents: bool,
+        with_noise: bool = False,
     ) -> None:
         self._size, self._tokens = recipe.data.micro_batch_size, recipe.model.text_tokens
         self._unit, self._dp_size, self._group = mesh.dp_rank, mesh.dp_size, mesh.sequence
-        self._latent_shape, self._text_dim, self._with_latents = latent_shape, text_dim, with_latents
+        self._latent_shape, self._text_dim = latent_shape, text_dim
+        self._with_latents, self._with_noise = with_latents, with_noise
 
     def next(self) -> Batch:
         unit, size = self._unit, self._size
@@ -217,9 +226,13 @@ class FakeBatches:
             latent_shape=self._latent_shape,
             prompt_embeds=torch.empty(size, self._tokens, self._text_dim, dtype=torch.bfloat16),
             negative_embeds=torch.empty(1, self._tokens, self._text_dim, dtype=torch.bfloat16),
-            latents=torch.empty(size, *self._latent_shape, dtype=torch.bfloat16) if self._with_latents else None,
+            latents=self._video() if self._with_latents else None,
             valid=valid,
+            noise=self._video() if self._with_noise else None,
         )
+
+    def _video(self) -> Tensor:
+        return torch.empty(self._size, *self._latent_shape, dtype=torch.bfloat16)
 
 
 class _TracedStepper(Stepper):

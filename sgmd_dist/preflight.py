@@ -26,7 +26,7 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
     objective = build_objective(recipe)
     plans = plan_networks(recipe, objective.roles)
     generator = next(plan.model for plan in plans if "generator" in plan.roles)
-    check_sources(recipe, generator, objective.needs_latents)
+    check_sources(recipe, generator, objective.needs_latents, objective.needs_pairs)
     resume.decide(recipe)
     _check_attention(recipe, generator)
     lines = [

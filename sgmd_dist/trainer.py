@@ -126,17 +126,10 @@ class Trainer(Stepper):
 
 
 def open_stream(recipe: Recipe, mesh: Mesh) -> Stream:
-    """This rank's share of the recipe's data; the main rank makes the shards of prompts and worlds. Collective.
-
-    Raises:
-        UserError: shards are missing or do not fit, or are others on some ranks.
-    """
+    """This rank's share of the recipe's data. Collective; raises as `open_index`."""
     data = recipe.data
-    with _main_first(mesh):
-        index = open_shards(recipe, build_model(recipe, "generator"))
-    _check_equal(index)
     return Stream(
-        index,
+        open_index(recipe, mesh),
         seed=recipe.run.seed,
         micro_batch_size=data.micro_batch_size,
         lanes=data.lanes,
@@ -155,6 +148,18 @@ def open_stream(recipe: Recipe, mesh: Mesh) -> Stream:
         read_timeout_s=data.read_timeout,
         device=mesh.device,
     )
+
+
+def open_index(recipe: Recipe, mesh: Mesh) -> ShardIndex:
+    """The recipe's data set; the main rank makes the shards of prompts and worlds. Collective.
+
+    Raises:
+        UserError: shards are missing or do not fit, or are others on some ranks.
+    """
+    with _main_first(mesh):
+        index = open_shards(recipe, build_model(recipe, "generator"))
+    _check_equal(index)
+    return index
 
 
 @dataclass(frozen=True)

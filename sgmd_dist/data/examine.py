@@ -23,6 +23,9 @@ from sgmd_dist.errors import UserError
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".pyd", ".ckpt")  # webdataset's default decoders would load them
 
 
+KIND_IN_WORDS = "(bucket, latent shape, latents, D, noise)"
+
+
 class Kind(NamedTuple):
     """What the samples of a shard have in common."""
 
@@ -30,6 +33,7 @@ class Kind(NamedTuple):
     latent_shape: list[int]  # [C, F, H, W]
     has_latents: bool
     embed_dim: int
+    has_noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,17 @@ def read_sample(file: BufferedReader, key: str, members: Members, layout: str) -
     )
 
 
+def tensors_of(sample: RawSample) -> dict[str, Tensor]:
+    """A sample's tensors by name.
+
+    Raises:
+        CorruptSample: its bytes are none.
+    """
+    if sample.layout == OWN_LAYOUT:
+        return parse_safetensors(memoryview(sample.tensors[TENSORS_SUFFIX][1]))
+    return decode_members({name: data for name, (_, data) in sample.tensors.items()})
+
+
 def describe(sample: RawSample) -> tuple[Kind | None, list[str]]:
     """A sample's kind, where that can be told, and everything that is wrong with its content."""
     mistakes = [f"has a member .{name}: shards of this layout hold no pickles; remove it" for name in sample.pickles]
@@ -93,24 +108,21 @@ def describe(sample: RawSample) -> tuple[Kind | None, list[str]]:
         elif not isinstance(content.get("caption", ""), str):
             mistakes.append(f"its json has the caption {brief(content['caption'])}, expected a text")
     try:
-        if sample.layout == OWN_LAYOUT:
-            tensors = parse_safetensors(memoryview(sample.tensors[TENSORS_SUFFIX][1]))
-        else:
-            tensors = decode_members({name: data for name, (_, data) in sample.tensors.items()})
+        tensors = tensors_of(sample)
     except CorruptSample as error:
         return None, [*mistakes, str(error)]
-    latents, embeds = tensors.get("latents"), tensors.get("prompt_embeds")
+    latents, embeds, noise = (tensors.get(name) for name in ("latents", "prompt_embeds", "noise"))
     shape = content.get("latent_shape") if latents is None else list(latents.shape)
-    mistakes += _wrong_tensors(latents, embeds, shape)
+    mistakes += _wrong_tensors(latents, embeds, noise, shape)
     bucket = content.get("bucket")
     if mistakes or embeds is None or not isinstance(shape, list):
         return None, mistakes
     if not isinstance(bucket, str):
         bucket = "x".join(map(str, shape))
-    return Kind(bucket, shape, latents is not None, embeds.shape[1]), []
+    return Kind(bucket, shape, latents is not None, embeds.shape[1], noise is not None), []
 
 
-def _wrong_tensors(latents: Tensor | None, embeds: Tensor | None, shape: Any) -> list[str]:
+def _wrong_tensors(latents: Tensor | None, embeds: Tensor | None, noise: Tensor | None, shape: Any) -> list[str]:
     mistakes = []
     if not is_counts(shape) or len(shape) != 4 or 0 in shape:
         mistakes.append(
@@ -118,7 +130,10 @@ def _wrong_tensors(latents: Tensor | None, embeds: Tensor | None, shape: Any) ->
         )
     if embeds is None or embeds.ndim != 2 or 0 in embeds.shape:
         mistakes.append("it has no 'prompt_embeds' [n_tokens, D]")
-    for name, tensor in (("latents", latents), ("prompt_embeds", embeds)):
+    if noise is not None and (latents is None or noise.shape != latents.shape):
+        beside = "no 'latents'" if latents is None else f"'latents' {list(latents.shape)}"
+        mistakes.append(f"'noise' is {list(noise.shape)} beside {beside}: expected the latents' shape")
+    for name, tensor in (("latents", latents), ("prompt_embeds", embeds), ("noise", noise)):
         if tensor is None:
             continue
         if tensor.dtype != torch.bfloat16:
@@ -151,14 +166,15 @@ def build_index(tar_path: str | os.PathLike[str]) -> ShardRecord:
             kind = kind or found
             if found != kind:
                 raise UserError(
-                    f"{where} has (bucket, latent shape, latents, D) {tuple(found)}, the shard's first sample "
+                    f"{where} has {KIND_IN_WORDS} {tuple(found)}, the shard's first sample "
                     f"{tuple(kind)}; put samples of one kind into one shard"
                 )
             for name, value in sample.place.items():
                 places.setdefault(name, []).append(value)
     if kind is None:
         raise UserError(f"{path}: holds no samples; delete it")
-    return ShardRecord(path.name, path.stat().st_size, *kind, keys=list(scan.samples), layout=scan.layout, **places)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    content = {**kind._asdict(), "keys": list(scan.samples), "layout": scan.layout, **places}
+    return ShardRecord(path.name, path.stat().st_size, **content)
 
 
 def member_bytes(file: BufferedReader | BufferedRandom, member: tarfile.TarInfo) -> bytearray:

@@ -15,6 +15,7 @@ import io
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,25 +115,25 @@ def decode_members(members: dict[str, bytes | bytearray]) -> dict[str, Tensor]:
 def fill_foreign(
     file: int,
     place: ForeignPlace,
-    latent_shape: tuple[int, ...] | None,
+    latent_shape: tuple[int, ...],
     embed_dim: int,
-    latents: NDArray[np.uint8],
-    text: NDArray[np.uint8],
+    rows: Mapping[str, NDArray[np.uint8]],
     *,
     check_crc: bool,
 ) -> None:
-    """Read a sample into its rows of a batch (bytes of bf16), its text cut or zero-padded to the row's length.
+    """Read a sample into its rows of a batch (bytes of bf16, by name), its text cut or zero-padded to the row's length.
 
     Raises:
         CorruptSample: as `read_foreign`, and for shapes that are not the index's.
     """
     tensors = read_foreign(file, place, check_crc=check_crc)
-    if latent_shape is not None and tensors["latents"].shape != latent_shape:
+    if "latents" in rows and tensors["latents"].shape != latent_shape:
         raise CorruptSample(f"latents is {list(tensors['latents'].shape)}, the index says {list(latent_shape)}")
-    embeds = tensors["prompt_embeds"]
+    embeds, text = tensors["prompt_embeds"], rows["prompt_embeds"]
     if embeds.shape[1] != embed_dim:
         raise CorruptSample(f"prompt_embeds is {list(embeds.shape)}, expected [n_tokens, {embed_dim}]")
-    latents[:] = _bytes(tensors["latents"])[: latents.size]
+    if "latents" in rows:
+        rows["latents"][:] = _bytes(tensors["latents"])
     source = _bytes(embeds)[: text.size]
     text[: source.size], text[source.size :] = source, 0
 

@@ -155,7 +155,7 @@ class ShardIndex:
         self._wanted: dict[int, Wanted] = {}
         self.folder = self.paths[0].parent
         self._records = records
-        self._kinds: dict[str, tuple[list[int], bool]] = {}
+        self._kinds: dict[str, tuple[list[int], bool, bool]] = {}
         for path, record in shards:
             self._check_kind(path, record)
         self.buckets = list(self._kinds)
@@ -177,12 +177,13 @@ class ShardIndex:
                 f"{path}: prompt_embeds have D={record.embed_dim}, {self.paths[0]} has D={first.embed_dim}; "
                 "encode all shards with one text encoder"
             )
-        kind = (list(record.latent_shape), record.has_latents)
+        kind = (list(record.latent_shape), record.has_latents, record.has_noise)
         known = self._kinds.setdefault(record.bucket, kind)
         if known != kind:
             raise UserError(
-                f"{path}: bucket '{record.bucket}' has latent shape {kind[0]} (latents stored: {kind[1]}), the shards "
-                f"before {known[0]} (latents stored: {known[1]}); give every kind of shard its own bucket name"
+                f"{path}: bucket '{record.bucket}' has latent shape {kind[0]} (latents stored: {kind[1]}, noise:"
+                f" {kind[2]}), the shards before {known[0]} (latents stored: {known[1]}, noise: {known[2]}); give every"
+                " kind of shard its own bucket name"
             )
 
     @classmethod
@@ -239,6 +240,10 @@ class ShardIndex:
     def has_latents(self, bucket: int | str) -> bool:
         """Whether the samples of a bucket hold latents, not captions only."""
         return self._kinds[self.buckets[bucket] if isinstance(bucket, int) else bucket][1]
+
+    def has_noise(self, bucket: int | str) -> bool:
+        """Whether the samples of a bucket are pairs: latents with the noise that a teacher made them of."""
+        return self._kinds[self.buckets[bucket] if isinstance(bucket, int) else bucket][2]
 
     def foreign_place(self, sample: int) -> ForeignPlace | None:
         """Where a sample of a foreign shard lies (sgmd_dist/data/foreign.py), or None in a shard of our own layout."""

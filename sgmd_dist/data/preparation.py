@@ -46,7 +46,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """A row encoded: what `ShardWriter.add` takes. `prompt_embeds` is `[n_tokens, D]`, `latents` has `latent_shape`."""
+    """A row encoded: what `ShardWriter.add` takes. `prompt_embeds` is `[n_tokens, D]`, `latents` and `noise` have
+    `latent_shape`."""
 
     prompt_embeds: Tensor
     latents: Tensor | None
@@ -54,6 +55,7 @@ class Sample:
     bucket: str
     source: str
     extra_json: dict[str, Any] = field(default_factory=dict)
+    noise: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class RowEncoder(Protocol):
         ...
 
     def encode(self, rows: Sequence[Row]) -> Generator[tuple[Row, Sample | Skipped], None, None]:
-        """Every row once, in order."""
+        """Every row once."""
         ...
 
 
@@ -205,6 +207,7 @@ def _work(
                     result.prompt_embeds,
                     row.caption or "",
                     latents=result.latents,
+                    noise=result.noise,
                     source=result.source,
                     **result.extra_json,
                 )
@@ -277,8 +280,9 @@ def _begin(
             path.unlink()
     if not (out / NEGATIVE_PROMPT_NAME).exists():
         write_negative_prompt(out, encoder.negative_embeds())
-    encoded = _encoded_rows(out)
-    skipped = _skipped_rows(out).keys() - encoded
+    asked = {row.number for row in rows}  # an attempt before may have been asked for more
+    encoded = _encoded_rows(out) & asked
+    skipped = (_skipped_rows(out).keys() & asked) - encoded
     remaining = [row.number for row in rows if row.number not in encoded and row.number not in skipped]
     return _Attempt(number, remaining, len(encoded), len(skipped))
 

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sgmd_dist.data.buffers import BufferPool, Bytes
+from sgmd_dist.data.buffers import BufferPool
 from sgmd_dist.data.format import CorruptSample
 from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.data.transfer import Flight, Transfer
@@ -51,6 +51,7 @@ class UnitData:
     Attributes:
         request: what was asked for.
         latents: `[m, C, F, H, W]` bf16, or None for a bucket of captions only.
+        noise: of the same shape and dtype, or None for a bucket without pairs.
         prompt_embeds: `[m, T, D]` bf16, cut or zero-padded to T tokens.
         errors: per requested sample its error, or None. A failed sample's rows are zeros, rows beyond the request
             hold anything.
@@ -60,26 +61,26 @@ class UnitData:
     latents: Tensor | None
     prompt_embeds: Tensor
     errors: list[CorruptSample | None]
+    noise: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        named = {"prompt_embeds": self.prompt_embeds, "latents": self.latents, "noise": self.noise}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 @dataclass
 class _Unit:
-    """A unit in flight: its tensors, the rows behind them, its jobs, and its way to a device once that is begun."""
+    """A unit in flight: its tensors, its jobs, and its way to a device once that is begun."""
 
     data: UnitData
-    latent_rows: Bytes
-    text_rows: Bytes
     jobs: list[Job]
     flight: Flight | None = None
 
     @property
     def is_read(self) -> bool:
         return not any(job.done.locked() for job in self.jobs)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        latents = self.data.latents
-        return [self.data.prompt_embeds] if latents is None else [self.data.prompt_embeds, latents]
 
 
 class Reader:
@@ -177,22 +178,29 @@ class Reader:
             self._jobs.put(job)
 
     def _new_unit(self, request: UnitRequest) -> _Unit:
-        rows, tokens, width = self._rows, self._text_tokens, self._index.embed_dim
-        shape = self._index.latent_shape(request.bucket)
-        stored = self._index.has_latents(request.bucket)
-        latent_bytes, text_bytes = 2 * prod(shape) if stored else 0, 2 * tokens * width
-        text_start = -(-rows * latent_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        buffer = self._pool.take(text_start + rows * text_bytes)
-        latent_rows = buffer[: rows * latent_bytes].reshape(rows, latent_bytes)
-        text_rows = buffer[text_start:].reshape(rows, text_bytes)
+        shapes, starts, num_bytes = self._shapes(request.bucket), {}, 0
+        for name, shape in shapes.items():
+            starts[name] = -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            num_bytes = starts[name] + 2 * self._rows * prod(shape)
+        buffer = self._pool.take(num_bytes)
         memory = torch.from_numpy(buffer).view(torch.bfloat16)
-        latents = memory[: rows * latent_bytes // 2].view(rows, *shape) if stored else None
-        text = memory[text_start // 2 :].view(rows, tokens, width)
+        tensors, rows = {}, {}
+        for name, shape in shapes.items():
+            start, size = starts[name], 2 * prod(shape)
+            rows[name] = buffer[start : start + self._rows * size].reshape(self._rows, size)
+            tensors[name] = memory[start // 2 :][: self._rows * size // 2].view(self._rows, *shape)
         jobs = [
-            Job(sample, shape if stored else None, latent_rows[i], text_rows[i], buffer)
+            Job(sample, self._index.latent_shape(request.bucket), {name: row[i] for name, row in rows.items()}, buffer)
             for i, sample in enumerate(request.samples.tolist())
         ]
-        return _Unit(UnitData(request, latents, text, []), latent_rows, text_rows, jobs)
+        return _Unit(UnitData(request, errors=[], **{"latents": None, **tensors}), jobs)
+
+    def _shapes(self, bucket: int) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that a sample of the bucket has."""
+        index = self._index
+        stored = {"latents": index.has_latents(bucket), "noise": index.has_noise(bucket)}
+        videos = {name: index.latent_shape(bucket) for name, is_stored in stored.items() if is_stored}
+        return {**videos, "prompt_embeds": (self._text_tokens, index.embed_dim)}
 
     def _wait(self, unit: _Unit) -> None:
         """Wait for a unit's jobs; what is not done in time becomes an error."""
@@ -211,14 +219,15 @@ class Reader:
         """Put what there is of a unit into another buffer, and leave its threads and its own buffer to themselves."""
         jobs = unit.jobs
         moved = self._new_unit(unit.data.request)
-        for row, (old, new) in enumerate(zip(jobs, moved.jobs, strict=True)):
+        for old, new in zip(jobs, moved.jobs, strict=True):
             if old.done.locked():
                 old.dropped = True
-                new.latents[:], new.text[:] = 0, 0
+                new.clear()
                 late = f"reading it took longer than {self._options.timeout_s:g} s (data.read_timeout)"
                 new.error = located(self._index, old.sample, late)
             else:
-                new.latents[:], new.text[:] = unit.latent_rows[row], unit.text_rows[row]
+                for name, row in new.rows.items():
+                    row[:] = old.rows[name]
                 new.error, new.bug = old.error, old.bug
         for worker in list(self._workers):
             if worker.job in jobs and not worker.left_behind:
@@ -228,8 +237,8 @@ class Reader:
 
     def _landed(self, unit: _Unit, data: UnitData, transfer: Transfer) -> UnitData:
         """The unit on the device; its successor, if that is read already, is sent on its way."""
-        flight = unit.flight or transfer.begin(unit.tensors)
+        flight = unit.flight or transfer.begin([*data.tensors.values()])
         if self._pending and self._pending[0].flight is None and self._pending[0].is_read:
-            self._pending[0].flight = transfer.begin(self._pending[0].tensors)
-        prompt_embeds, *latents = flight.land()
-        return replace(data, prompt_embeds=prompt_embeds, latents=latents[0] if latents else None)
+            following = self._pending[0]
+            following.flight = transfer.begin([*following.data.tensors.values()])
+        return replace(data, **dict(zip(data.tensors, flight.land(), strict=True)))

@@ -13,6 +13,7 @@ from sgmd_dist.errors import UserError
 
 INDEX_VERSION = 1
 _FOREIGN_FIELDS = ("layout", "embed_offsets", "embed_sizes")
+_NOISE_FIELD = "has_noise"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ShardRecord:
     layout: str = OWN_LAYOUT
     embed_offsets: list[int] = field(default_factory=list)
     embed_sizes: list[int] = field(default_factory=list)
+    has_noise: bool = False  # stored where it is true alone: other records stay what they were
 
     @classmethod
     def from_json(cls, value: Any, path: Path) -> ShardRecord:
@@ -44,12 +46,13 @@ class ShardRecord:
         if not isinstance(value, dict) or value.get("version") != INDEX_VERSION:
             found = value.get("version") if isinstance(value, dict) else value
             raise UserError(f"{path}: index version is {brief(found)}, expected {INDEX_VERSION}; {mend}")
-        names = [own.name for own in fields(cls) if own.name not in _FOREIGN_FIELDS]
+        names = [own.name for own in fields(cls) if own.name not in (*_FOREIGN_FIELDS, _NOISE_FIELD)]
         if value.get("layout", OWN_LAYOUT) != OWN_LAYOUT:
             names += _FOREIGN_FIELDS
         missing = [name for name in names if name not in value]
         if missing:
             raise UserError(f"{path}: index lacks {', '.join(missing)}; {mend}")
+        names += [_NOISE_FIELD] if _NOISE_FIELD in value else []
         record = cls(**{name: value[name] for name in names})
         if wrong := record._wrong():
             raise UserError(f"{path}: {wrong}; {mend}")
@@ -66,6 +69,10 @@ class ShardRecord:
             return (
                 f"shard is {brief(self.shard)}, has_latents {brief(self.has_latents)}, expected a file name, a boolean"
             )
+        if not isinstance(self.has_noise, bool):
+            return f"has_noise of {self.shard} is {brief(self.has_noise)}, expected a boolean"
+        if self.has_noise and not (self.has_latents and self.layout == OWN_LAYOUT):
+            return f"has_noise of {self.shard} is true, expected false without latents and in layout {self.layout}"
         counts = {"tar_bytes": [self.tar_bytes], "embed_dim": [self.embed_dim], "latent_shape": self.latent_shape}
         places = {"offsets": self.offsets, "sizes": self.sizes, "crc32": self.crc32}
         if self.layout != OWN_LAYOUT:
@@ -100,6 +107,8 @@ class ShardRecord:
         if self.layout == OWN_LAYOUT:
             for name in _FOREIGN_FIELDS:
                 del content[name]
+        if not self.has_noise:
+            del content[_NOISE_FIELD]
         return content
 
     def check_tar(self, tar_path: Path) -> None:

@@ -3,7 +3,8 @@
     <folder>/shard-000000.tar + shard-000000.index.json, ..., index.json, negative_prompt.safetensors
 
 A sample is two tar members: `{key}.json` (caption, bucket, source, free extra fields) and `{key}.sample.safetensors`
-(`latents` bf16 [C, F, H, W], absent in caption-only shards, and `prompt_embeds` bf16 [n_tokens, D] without padding).
+(`latents` bf16 [C, F, H, W], absent in caption-only shards, and `prompt_embeds` bf16 [n_tokens, D] without padding;
+in shards of pairs also `noise` bf16 [C, F, H, W], which a teacher's chain turned into `latents`).
 A shard holds one bucket, that is one latent shape. Every file is written aside, fsynced and renamed, the index after
 what it describes: whatever is visible is whole. To write a data set:
 
@@ -81,6 +82,7 @@ class ShardWriter:
         self._num_shards = 0
         self._embed_dim: int | None = None  # known, like the next, from the first sample on
         self._has_latents: bool | None = None
+        self._has_noise: bool | None = None
         self._file: IO[bytes] | None = None
         self._tar: TarWriter | None = None
         self._path = self._temporary = self.folder
@@ -105,6 +107,7 @@ class ShardWriter:
         caption: str,
         *,
         latents: Tensor | None = None,
+        noise: Tensor | None = None,
         source: str = "",
         **extra_json: Any,
     ) -> None:
@@ -115,12 +118,13 @@ class ShardWriter:
             prompt_embeds: `[n_tokens, D]` of the valid text tokens only; stored as bf16.
             caption: the text behind `prompt_embeds`.
             latents: `[C, F, H, W]`, stored as bf16; given for all samples of a writer or for none.
+            noise: `[C, F, H, W]` beside `latents`, likewise.
             source: where the sample comes from.
             extra_json: further fields of the sample's json.
 
         Raises `UserError` for a wrong key, shape or dtype, and values that are not finite.
         """
-        data = safetensors_bytes(self._checked(key, prompt_embeds, latents, extra_json))
+        data = safetensors_bytes(self._checked(key, prompt_embeds, latents, noise, extra_json))
         crc32 = zlib.crc32(data)
         description = {"caption": caption, "bucket": self._bucket, "source": source, "crc32": crc32, **extra_json}
         if latents is None:
@@ -145,7 +149,12 @@ class ShardWriter:
             self._finish_shard()
 
     def _checked(
-        self, key: str, prompt_embeds: Tensor, latents: Tensor | None, extra_json: dict[str, Any]
+        self,
+        key: str,
+        prompt_embeds: Tensor,
+        latents: Tensor | None,
+        noise: Tensor | None,
+        extra_json: dict[str, Any],
     ) -> dict[str, Tensor]:
         """The sample's tensors as they are stored; nothing is written of a sample that fails."""
         where = f"{self.folder}: key '{key}'"
@@ -158,18 +167,23 @@ class ShardWriter:
             raise UserError(f"{where}: prompt_embeds is {list(prompt_embeds.shape)}, expected [n_tokens, D]")
         if self._embed_dim not in (None, prompt_embeds.shape[1]):
             raise UserError(f"{where}: prompt_embeds has D={prompt_embeds.shape[1]}, samples before {self._embed_dim}")
-        if latents is not None and list(latents.shape) != self.latent_shape:
-            raise UserError(
-                f"{where}: latents are {list(latents.shape)}, bucket '{self._bucket}' takes {self.latent_shape}; "
-                "give another latent shape its own bucket and writer"
-            )
-        if self._has_latents not in (None, latents is not None):
-            raise UserError(f"{where}: latents must be given for all samples of a writer or for none")
-        tensors = {"prompt_embeds": prompt_embeds} | ({} if latents is None else {"latents": latents})
+        if noise is not None and latents is None:
+            raise UserError(f"{where}: noise belongs to the latents that were made of it; give both, or neither")
+        videos = {name: t for name, t in (("latents", latents), ("noise", noise)) if t is not None}
+        for name, before in (("latents", self._has_latents), ("noise", self._has_noise)):
+            if name in videos and list(videos[name].shape) != self.latent_shape:
+                raise UserError(
+                    f"{where}: {name} are {list(videos[name].shape)}, bucket '{self._bucket}' takes "
+                    f"{self.latent_shape}; give another latent shape its own bucket and writer"
+                )
+            if before not in (None, name in videos):
+                raise UserError(f"{where}: {name} must be given for all samples of a writer or for none")
+        tensors = {"prompt_embeds": prompt_embeds} | videos
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"{where}: {name} ({tensor.dtype}) must be floating point and finite; mend the encoder")
-        self._embed_dim, self._has_latents = prompt_embeds.shape[1], latents is not None
+        self._embed_dim = prompt_embeds.shape[1]
+        self._has_latents, self._has_noise = latents is not None, noise is not None
         return {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
 
     def _begin_shard(self) -> None:
@@ -205,6 +219,7 @@ class ShardWriter:
             offsets=[members[key][TENSORS_SUFFIX].offset_data for key in keys],
             sizes=sizes,
             crc32=crc32,
+            has_noise=bool(self._has_noise),
         )
         write_durably(sidecar_path(self._path), json.dumps(record.to_json()).encode())
         self._file, self._rows, self._num_bytes, self._num_shards = None, [], 0, self._num_shards + 1

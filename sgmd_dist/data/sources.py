@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -63,11 +64,14 @@ def _shard_cache(folder: str | None, max_bytes: int, silence_s: float, retries: 
     return ShardCache(folder, max_bytes, silence_s=silence_s, retries=retries)
 
 
-def check_sources(recipe: Recipe, model: VideoModel, needs_latents: str | None = None) -> None:
+def check_sources(
+    recipe: Recipe, model: VideoModel, needs_latents: str | None = None, needs_pairs: str | None = None
+) -> None:
     """Look for everything that `data.shards` and `data.video` need, without writing anything.
 
     Args:
         needs_latents: the setting by which shards of captions alone do not suffice, or None where they do.
+        needs_pairs: the same for shards without pairs of noise and a teacher's sample.
 
     Raises:
         UserError: something is missing or unfit; the message names the key.
@@ -76,7 +80,14 @@ def check_sources(recipe: Recipe, model: VideoModel, needs_latents: str | None =
         _video_shape(recipe, model)
     sources = shard_list(recipe.data.shards)
     for source in sources:
-        if not _check_source(source, recipe, model) and needs_latents is not None:
+        held = _check_source(source, recipe, model)
+        if needs_pairs is not None and not held.pairs:
+            raise UserError(
+                f"data.shards = '{redacted(source)}': {needs_pairs} needs pairs of noise and the teacher's sample, this"
+                " holds none; make them with python launch/prepare.py pairs RECIPE OUT"
+                f" data.shards={redacted(source)} and name OUT there, or change that key"
+            )
+        if needs_latents is not None and not held.latents:
             raise UserError(
                 f"data.shards = '{redacted(source)}': {needs_latents} needs latents, this holds captions only; name"
                 " shards with latents or change that key"
@@ -85,21 +96,28 @@ def check_sources(recipe: Recipe, model: VideoModel, needs_latents: str | None =
         ShardIndex.open(sources, shard_cache(recipe)).negative_prompt()
 
 
-def _check_source(source: str, recipe: Recipe, model: VideoModel) -> bool:
-    """Raise for what the source lacks; returns whether it holds latents."""
+class _Held(NamedTuple):
+    """What all samples of a source have beside captions."""
+
+    latents: bool
+    pairs: bool
+
+
+def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Held:
+    """Raise for what the source lacks."""
     if source.startswith(WORLD):
         _check_latents(source, "the world", _world(source).latent_shape, model)
         _text_encoder_folder(recipe)
-        return True
+        return _Held(latents=True, pairs=False)
     if source.startswith(PROMPTS):
         captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
         _text_encoder_folder(recipe)
         if recipe.data.video is None:
             raise UserError(f"data.shards = '{source}': set data.video to num_frames, height and width of the videos")
-        return False
+        return _Held(latents=False, pairs=False)
     index = ShardIndex.open(source, shard_cache(recipe))
     _check_fit(index, recipe, model)
-    return all(index.has_latents(bucket) for bucket in index.buckets)
+    return _Held(all(map(index.has_latents, index.buckets)), all(map(index.has_noise, index.buckets)))
 
 
 def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:

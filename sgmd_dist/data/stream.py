@@ -288,7 +288,7 @@ def batch_of(data: UnitData, index: ShardIndex, ids: Sequence[SampleId], negativ
     """
     num_read = len(data.errors)
     last = [min(row, num_read - 1) for row in range(len(ids))]
-    for tensor in (data.prompt_embeds, data.latents):
+    for tensor in (data.prompt_embeds, data.latents, data.noise):
         if tensor is not None and num_read < len(ids):
             tensor[num_read:] = tensor[num_read - 1]
     return Batch(
@@ -299,6 +299,7 @@ def batch_of(data: UnitData, index: ShardIndex, ids: Sequence[SampleId], negativ
         negative_embeds=negative,
         latents=data.latents,
         valid=torch.tensor([row < num_read and data.errors[row] is None for row in range(len(ids))]),
+        noise=data.noise,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import braceexpand
 import torch
 
-from sgmd_dist.data.examine import Kind, describe, read_sample
+from sgmd_dist.data.examine import KIND_IN_WORDS, Kind, describe, read_sample
 from sgmd_dist.data.format import (
     NEGATIVE_PROMPT_NAME,
     CorruptSample,
@@ -234,9 +234,9 @@ def _index_differences(record: ShardRecord, number: int | None, place: dict[str,
             wrong.append(f"crc32 is {value:08x}, the index says {expected:08x}: the bytes are damaged")
         else:
             wrong.append(f"{name} is {value}, the index says {expected}")
-    expected = (record.bucket, record.latent_shape, record.has_latents, record.embed_dim)
+    expected = tuple(getattr(record, name) for name in Kind._fields)
     if kind is not None and tuple(kind) != expected:
-        wrong.append(f"(bucket, latent shape, latents, D) is {tuple(kind)}, the index says {expected}")
+        wrong.append(f"{KIND_IN_WORDS} is {tuple(kind)}, the index says {expected}")
     return wrong
 
 
@@ -255,8 +255,9 @@ def _differing_kinds(shards: list[_Shard]) -> list[Mistake]:
             if kind.embed_dim != first.embed_dim:
                 what = f"prompt_embeds have D={kind.embed_dim}, the first sample has D={first.embed_dim}"
                 mistakes.append(Mistake(shard.path, f"{what}; encode all with one text encoder", key))
-            if kind[:3] != known[:3]:
-                what = f"bucket '{kind.bucket}' has (latent shape, latents) {kind[1:3]}, samples before {known[1:3]}"
+            ours, theirs = ((k.latent_shape, k.has_latents, k.has_noise) for k in (kind, known))
+            if ours != theirs:
+                what = f"bucket '{kind.bucket}' has (latent shape, latents, noise) {ours}, samples before {theirs}"
                 mistakes.append(Mistake(shard.path, f"{what}; give every kind its own bucket name", key))
         if len(shard.kinds) > 1:
             what = f"holds samples of {len(shard.kinds)} kinds; put samples of one kind into one shard"

@@ -65,22 +65,27 @@ class Job:
     """One sample to read into its row of a unit's buffer.
 
     Attributes:
+        rows: where the bytes of each tensor go that the unit has, by the tensor's name.
+        latent_shape: of `latents` and `noise`.
         done: locked until `error`, or `bug` for what should not happen, are set.
         dropped: nobody waits for it any more.
     """
 
-    __slots__ = ("_buffer", "bug", "done", "dropped", "error", "latent_shape", "latents", "sample", "text")
+    __slots__ = ("_buffer", "bug", "done", "dropped", "error", "latent_shape", "rows", "sample")
 
-    def __init__(
-        self, sample: int, latent_shape: tuple[int, ...] | None, latents: Bytes, text: Bytes, buffer: Bytes
-    ) -> None:
-        self.sample, self.latent_shape, self.latents, self.text = sample, latent_shape, latents, text
+    def __init__(self, sample: int, latent_shape: tuple[int, ...], rows: dict[str, Bytes], buffer: Bytes) -> None:
+        self.sample, self.latent_shape, self.rows = sample, latent_shape, rows
         self._buffer = buffer  # as long as a thread holds this job, even one that hangs, the buffer is in use
         self.error: CorruptSample | None = None
         self.bug: BaseException | None = None
         self.dropped = False
         self.done = threading.Lock()
         self.done.acquire()
+
+    def clear(self) -> None:
+        """Fill the rows with zeros."""
+        for row in self.rows.values():
+            row[:] = 0
 
 
 class Worker(threading.Thread):
@@ -132,7 +137,7 @@ class Worker(threading.Thread):
                 break
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             self.num_retries += 1
-        job.latents[:], job.text[:] = 0, 0
+        job.clear()
         return located(self._index, job.sample, reason)
 
     def _file(self, shard: int) -> int:
@@ -158,7 +163,7 @@ class Worker(threading.Thread):
     def _fill(self, job: Job, file: int) -> None:
         if (place := self._index.foreign_place(job.sample)) is not None:
             width, check_crc = self._index.embed_dim, self._options.check_crc
-            fill_foreign(file, place, job.latent_shape, width, job.latents, job.text, check_crc=check_crc)
+            fill_foreign(file, place, job.latent_shape, width, job.rows, check_crc=check_crc)
             return
         offset, size = int(self._index.offset[job.sample]), int(self._index.size[job.sample])
         head = np.empty(min(_HEAD_BYTES, size), dtype=np.uint8)
@@ -168,8 +173,8 @@ class Worker(threading.Thread):
             head = np.empty(start, dtype=np.uint8)
             _read_into(file, [head], offset)
         spans = safetensors_layout(head.data, size)
-        _check_tensors(spans, job.latent_shape, self._index.embed_dim)
-        parts = self._places(spans, {"latents": job.latents, "prompt_embeds": job.text})
+        _check_tensors(spans, job, self._index.embed_dim)
+        parts = self._places(spans, job.rows)
         _read_into(file, parts, offset + start)
         if self._options.check_crc:
             crc32 = zlib.crc32(head.data[:start])
@@ -194,15 +199,15 @@ class Worker(threading.Thread):
         return [part for part in parts if part.size]
 
 
-def _check_tensors(spans: list[TensorSpan], latent_shape: tuple[int, ...] | None, width: int) -> None:
+def _check_tensors(spans: list[TensorSpan], job: Job, width: int) -> None:
     found = {span.name: span for span in spans}
-    embeds, latents = found.get("prompt_embeds"), found.get("latents")
+    embeds, shape = found.get("prompt_embeds"), job.latent_shape
     if embeds is None or embeds.dtype != torch.bfloat16 or len(embeds.shape) != 2 or embeds.shape[1] != width:
         raise CorruptSample(f"prompt_embeds is {_describe(embeds)}, expected bfloat16 [n_tokens, {width}]")
-    if latent_shape is not None and (
-        latents is None or latents.dtype != torch.bfloat16 or latents.shape != latent_shape
-    ):
-        raise CorruptSample(f"latents is {_describe(latents)}, expected bfloat16 {list(latent_shape)}")
+    for name in ("latents", "noise"):
+        video = found.get(name)
+        if name in job.rows and (video is None or video.dtype != torch.bfloat16 or video.shape != shape):
+            raise CorruptSample(f"{name} is {_describe(video)}, expected bfloat16 {list(shape)}")
 
 
 def _describe(span: TensorSpan | None) -> str:

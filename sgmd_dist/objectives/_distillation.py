@@ -94,6 +94,7 @@ class Distillation:
 
     score_gradient: Gradient = "none"
     teacher_gradient: Gradient = "none"
+    needs_pairs: str | None = None
 
     def __init__(self, section: DistillationSection) -> None:
         self.roles = {"teacher": False, "generator": True, "fake_score": True}

@@ -92,10 +92,12 @@ class Objective(Protocol):
         roles: each role that it needs, and whether the role is trained.
         needs_latents: the recipe's setting by which captions alone do not suffice, as in
             `objective.rollout = data`; None where they do.
+        needs_pairs: the same for samples without the noise that a teacher made them of.
     """
 
     roles: dict[str, bool]
     needs_latents: str | None
+    needs_pairs: str | None
 
     def phases(self, step: int) -> Sequence[Phase]:
         """The updates of optimizer step `step`, in order: cadence lives here and nowhere else."""
@@ -114,6 +116,20 @@ def latents_of(batch: Batch, setting: str | None) -> Tensor:
     if batch.latents is None:
         raise UserError(f"data.shards: {setting} needs latents, these shards hold captions only")
     return batch.latents.float()
+
+
+def pairs_of(batch: Batch, setting: str | None) -> tuple[Tensor, Tensor]:
+    """The batch's pairs in float32: noise, and what the teacher made of it.
+
+    Args:
+        setting: the objective's `needs_pairs`, for the message.
+
+    Raises:
+        UserError: the shards hold no pairs.
+    """
+    if batch.noise is None or batch.latents is None:
+        raise UserError(f"data.shards: {setting} needs pairs, these shards hold none; make them by prepare.py pairs")
+    return batch.noise.float(), batch.latents.float()
 
 
 def per_sample_mean(x: Tensor) -> Tensor:

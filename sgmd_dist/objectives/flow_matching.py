@@ -45,6 +45,7 @@ class FlowMatching:
     def __init__(self, section: Section) -> None:
         self.roles = {"generator": True}
         self.needs_latents = "objective.name = flow_matching"
+        self.needs_pairs = None
         self.section = section
 
     def phases(self, step: int) -> Sequence[Phase]:

@@ -117,7 +117,8 @@ class Reference:
         weight = objective.diversity.weight.at(step) if objective.name == "sgmd" else 0.0
         first, group = int(weight > 0), unit * objective.exit_groups // self.num_units
         seed = self.recipe.run.seed
-        exit_index = first + rng.integer(4 - first, seed, f"{purpose}/exit", step, group, update)
+        choices = objective.student_steps - first
+        exit_index = first + rng.integer(choices, seed, f"{purpose}/exit", step, group, update)
         counters = () if purpose == "rollout" else (update,)
         x = noise = self.noise(purpose, batch, *counters)
         extra = torch.zeros(())
@@ -182,6 +183,11 @@ class Reference:
             n = (x_g - f_teacher).abs().mean((1, 2, 3, 4), keepdim=True)
             target = x_g - (f_fake - f_teacher) / n
         return 0.5 * ((x_g - target) ** 2).mean()
+
+    def dmd_loss(self, batch: Batch, x_g: Tensor) -> Tensor:
+        z, y = batch.noise.float(), batch.latents.float()
+        x0 = z - self.velocity(self.generator, z, torch.ones(batch.size), batch.prompt_embeds)
+        return self.dmd2_loss(batch, x_g) + self.recipe.objective.regression_weight.at(0) * ((x0 - y) ** 2).mean()
 
     def sid_loss(self, batch: Batch, x_g: Tensor) -> Tensor:
         return self.identity_loss(batch, x_g, self.recipe.objective.alpha.at(0))

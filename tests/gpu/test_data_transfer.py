@@ -18,11 +18,13 @@ SHAPE, WIDTH, TEXT_TOKENS = (16, 5, 60, 104), 64, 32
 
 
 @pytest.mark.gpu
-def test_the_stream_delivers_the_same_batches_on_the_gpu_as_on_the_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_noise", [False, True])
+def test_the_stream_delivers_the_same_batches_on_the_gpu_as_on_the_cpu(tmp_path: Path, with_noise: bool) -> None:
     with ShardWriter(tmp_path, latent_shape=SHAPE, bucket="b", samples_per_shard=5) as writer:
         for number in range(23):
             embeds = torch.randn(number % 7 + 1, WIDTH).bfloat16()
-            writer.add(f"s{number:03d}", embeds, "caption", latents=torch.randn(SHAPE).bfloat16())
+            noise = torch.randn(SHAPE).bfloat16() if with_noise else None
+            writer.add(f"s{number:03d}", embeds, "caption", latents=torch.randn(SHAPE).bfloat16(), noise=noise)
     write_negative_prompt(tmp_path, torch.ones(2, WIDTH))
     index = consolidate(tmp_path)
 
@@ -40,6 +42,9 @@ def test_the_stream_delivers_the_same_batches_on_the_gpu_as_on_the_cpu(tmp_path:
             assert torch.equal(found.latents.cpu(), expected.latents)
             assert torch.equal(found.prompt_embeds.cpu(), expected.prompt_embeds)
             assert torch.equal(found.valid.cpu(), expected.valid)
+            assert (found.noise is not None) == with_noise
+            if found.noise is not None and expected.noise is not None:
+                assert found.noise.is_cuda and torch.equal(found.noise.cpu(), expected.noise)
 
 
 @pytest.mark.gpu

@@ -30,14 +30,14 @@ LATENTS = (3, 8, 12, 12)
 
 @pytest.fixture(autouse=True)
 def _recipe_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`recipe.yaml`, `prompts.txt`, and the folders `captions` and `latents` of shards without and with latents."""
+    """`recipe.yaml`, `prompts.txt`, and folders of shards: `captions`, `latents` and `pairs`."""
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(RECIPE)
     Path("prompts.txt").write_text("a red ball moving left\n")
-    for name in ("captions", "latents"):
-        latents = torch.zeros(LATENTS, dtype=torch.bfloat16) if name == "latents" else None
+    video = torch.zeros(LATENTS, dtype=torch.bfloat16)
+    for name, latents, noise in (("captions", None, None), ("latents", video, None), ("pairs", video, video.clone())):
         with ShardWriter(name, latent_shape=LATENTS, bucket=name) as writer:
-            writer.add("0", torch.zeros(2, 32, dtype=torch.bfloat16), "a ball", latents=latents)
+            writer.add("0", torch.zeros(2, 32, dtype=torch.bfloat16), "a ball", latents=latents, noise=noise)
         write_negative_prompt(name, torch.zeros(1, 32, dtype=torch.bfloat16))
         consolidate(name)
 
@@ -91,6 +91,32 @@ def test_an_objective_that_needs_latents_refuses_captions(
 @pytest.mark.parametrize("shards", ["world:moving_shapes", "latents"])
 def test_an_objective_that_needs_latents_takes_them(words: list[str], setting: str, shards: str):
     assert check(f"data.shards={shards}", *words)
+
+
+# Objectives that need pairs
+
+
+PAIRS = "objective={name: dmd}"
+
+
+@pytest.mark.parametrize(
+    "shards, source",
+    [("prompts:prompts.txt", None), ("captions", None), ("latents", None), ("world:moving_shapes", None),
+     ("[pairs, latents]", "latents")],
+)  # fmt: skip
+def test_an_objective_that_needs_pairs_says_how_to_make_them(shards: str, source: str | None):
+    source = source or shards
+    assert message(f"data.shards={shards}", VIDEO, PAIRS) == (
+        f"data.shards = '{source}': objective.regression_weight > 0 needs pairs of noise and the teacher's sample, this"
+        f" holds none; make them with python launch/prepare.py pairs RECIPE OUT data.shards={source} and name OUT"
+        " there, or change that key"
+    )
+
+
+def test_an_objective_that_needs_pairs_takes_them():
+    assert check("data.shards=pairs", PAIRS)
+    assert check("data.shards=captions", "objective={name: dmd, regression_weight: 0}")
+    assert check("data.shards=pairs", "objective={name: dmd2, rollout: data}")
 
 
 @pytest.mark.parametrize("rollout", ["euler", "renoise"])

@@ -35,12 +35,13 @@ class _Batches:
         ids = [SampleId(0, self._unit, index) for index in range(self._size)]
         text = self._text.expand(self._size, -1, -1).clone()
         keys = [str(index) for index in range(self._size)]
-        return Batch(ids, keys, self._latent_shape, text, self._text, None, torch.ones(self._size, dtype=torch.bool))
+        video, valid = torch.zeros(self._size, *self._latent_shape), torch.ones(self._size, dtype=torch.bool)
+        return Batch(ids, keys, self._latent_shape, text, self._text, video, valid, noise=video)
 
 
 @pytest.mark.parametrize(
     "name, checkpointing",
-    [("sgmd", "none"), ("sgmd", "block"), ("sgmd", "selective"), ("sid", "none"), ("sid", "block")],
+    [("sgmd", "none"), ("sgmd", "block"), ("sgmd", "selective"), ("sid", "none"), ("sid", "block"), ("dmd", "none")],
 )
 def test_the_planned_peak_is_that_of_a_step(
     tiny_recipe: MakeRecipe, alone: torch.device, name: str, checkpointing: str
