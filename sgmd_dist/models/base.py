@@ -122,6 +122,10 @@ class SequenceAxis(Protocol):
         """All ranks' runs, cut to `length` tokens along `dim`."""
         ...
 
+    def mean(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """The mean along `dim` over the `length` tokens of all ranks' runs, equal on all ranks."""
+        ...
+
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
         """Attention over the whole sequence of `length` tokens, from and to this rank's run `[B, c, H, D]`."""
         ...
@@ -133,6 +137,9 @@ class SequenceAxis(Protocol):
 
 class VideoModel(Protocol):
     """One network architecture with its conventions.
+
+    A network's output is a tuple with the velocity first, a block's output its tokens `[B, c, D]`: see
+    `sgmd_dist.heads`.
 
     A model may have experts: networks of one architecture inside its module, of which a forward pass runs the one that
     serves the batch's noise levels.
