@@ -22,7 +22,7 @@ from torch.nn.functional import linear, silu
 
 from sgmd_dist import rng
 from sgmd_dist.errors import UserError
-from sgmd_dist.models.base import SequenceAxis, VideoModel
+from sgmd_dist.models.base import PassShape, SequenceAxis, VideoModel
 from sgmd_dist.recipe import HeadSection
 
 NAME = "head"
@@ -154,6 +154,18 @@ def initial_value(name: str, shape: Sequence[int], seed: int) -> Tensor:
     if len(shape) == 1:
         return torch.ones(*shape) if ".norms." in name and name.endswith("weight") else torch.zeros(*shape)
     return rng.normal(shape, seed, f"init/{name}") / shape[1] ** 0.5
+
+
+def saved_bytes(section: HeadSection, model: VideoModel, shape: PassShape) -> tuple[int, int]:
+    """What autograd keeps of a head's tokens until its backward pass, on a rank, for the gradient of (the network's
+    input, its weights): the blocks' outputs with their statistics, what SiLU is put on, and for the weights what is
+    projected. What belongs to samples and not to tokens is too small to count."""
+    attention, dtype = model.attention_shape(), model.compute_dtype
+    run = -(-model.num_tokens(shape.latent_shape) // (shape.ring * shape.ulysses))
+    tokens = shape.batch * run * len(read_blocks(section, attention.num_blocks))
+    copy = dtype.itemsize * attention.num_heads * attention.head_size
+    for_input = tokens * (copy + 8 + 4 * section.width)
+    return for_input, for_input + tokens * copy
 
 
 @contextmanager
