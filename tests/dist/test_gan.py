@@ -24,11 +24,9 @@ GAN = "objective.gan={weight: 0.3, fake_weight: 0.5, r1_weight: 0.2, width: 8, l
 SHORT = [OBJECTIVE, GAN, "data.global_batch_size=4", "run.steps=3"]
 VARIANTS = {
     "fresh": ["objective.inner_sample=fresh"],
-    "without R1": ["objective.gan.r1_weight=0"],
     "the head alone": ["objective.gan.trains_blocks=false"],
 }
 LAYOUTS = {
-    "2 ranks": (2, []),
     "2 ranks, block": (2, ["parallel.activation_checkpointing=block", "parallel.reshard_after_forward=false"]),
     "3 ranks, selective": (3, ["parallel.activation_checkpointing=selective", "data.global_batch_size=6"]),
     "dp_replicate 2 x dp_shard 2": (4, ["parallel.dp_replicate=2"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,6 +151,24 @@ def test_a_head_has_its_own_learning_rate(recipe: Recipe, mesh: Mesh) -> None:
     roles.step("fake_score", 0)
     lrs = {id(p) in of_head: group["lr"] for group in fake.optimizer.param_groups for p in group["params"]}
     assert lrs == {True: pytest.approx(4 * 2e-6), False: pytest.approx(2e-6)}
+
+
+def test_compiled_blocks_give_the_same_logits_and_gradients(
+    recipe: Recipe, mesh: Mesh, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch.compile captures of a block is run as it is: it is the hooks on blocks that might be lost."""
+    run_as_captured = partial(nn.Module.compile, backend="eager")
+    monkeypatch.setattr(nn.Module, "compile", lambda module: run_as_captured(module))
+    compiled = tiny_recipe(OBJECTIVE, TWO_BLOCKS, "parallel.compile=true")
+    results = []
+    for each in (recipe, compiled):
+        roles = make_roles(each, mesh)
+        roles.train_only("fake_score")
+        _, logits = roles["fake_score"].judge(*inputs())
+        logits.square().sum().backward()
+        gradients = {k: full(p.grad) for k, p in roles["fake_score"].parameters.items() if p.grad is not None}
+        results.append((logits.detach(), gradients))
+    torch.testing.assert_close(*results)
 
 
 # Experts
