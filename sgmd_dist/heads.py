@@ -22,7 +22,7 @@ from torch.nn.functional import linear, silu
 
 from sgmd_dist import rng
 from sgmd_dist.errors import UserError
-from sgmd_dist.models.base import PassShape, SequenceAxis, VideoModel
+from sgmd_dist.models.base import LatentShape, PassShape, SequenceAxis, VideoModel
 from sgmd_dist.recipe import HeadSection
 
 NAME = "head"
@@ -34,13 +34,13 @@ class Question:
     """What a head is asked during one forward pass, and its answers.
 
     Attributes:
-        length: tokens L of the sequence.
+        latent_shape: of the network's input.
         detached: whether the tokens are read without their graph.
         tokens: what the blocks gave so far, by their place among those that the head reads.
         logits: the answer `[B]`, float32 or wider; of a model with experts the one that ran answers.
     """
 
-    length: int
+    latent_shape: LatentShape
     detached: bool
     tokens: dict[int, Tensor] = field(default_factory=dict)
     logits: list[Tensor] = field(default_factory=list)
@@ -52,17 +52,20 @@ class Head(nn.Module):
 
     Attributes:
         lr_ratio: the learning rate of its weights over that of the network's.
+        num_tokens: L of latents of a shape.
         mean: over the tokens of the whole sequence; see `SequenceAxis.mean`.
     """
 
-    def __init__(self, num_inputs: int, token_width: int, section: HeadSection) -> None:
+    def __init__(self, num_inputs: int, model: VideoModel, section: HeadSection) -> None:
         super().__init__()
-        width = section.width
+        shape, width = model.attention_shape(), section.width
+        token_width = shape.num_heads * shape.head_size
         self.norms = nn.ModuleList(nn.LayerNorm(token_width) for _ in range(num_inputs))
         self.projections = nn.ModuleList(nn.Linear(token_width, width) for _ in range(num_inputs))
         self.mix = nn.Linear(num_inputs * width, width)
         self.logit = nn.Linear(width, 1)
         self.lr_ratio = section.lr_ratio
+        self.num_tokens = model.num_tokens
         self.mean: Callable[[Tensor, int, int], Tensor] = _mean
         self.question: Question | None = None
 
@@ -92,7 +95,7 @@ class Head(nn.Module):
         if question is None:
             return None
         tokens = [question.tokens.pop(place) for place in range(len(self.norms))]
-        question.logits.append(self(tokens, question.length))
+        question.logits.append(self(tokens, self.num_tokens(question.latent_shape)))
         return (*output, question.logits[-1])
 
 
@@ -118,10 +121,9 @@ def inject(module: nn.Module, model: VideoModel, section: HeadSection) -> None:
 
     Called before the network is checkpointed, compiled and sharded.
     """
-    shape = model.attention_shape()
-    numbers = read_blocks(section, shape.num_blocks)
+    numbers = read_blocks(section, model.attention_shape().num_blocks)
     for network in model.networks(module):
-        head = Head(len(numbers), shape.num_heads * shape.head_size, section)
+        head = Head(len(numbers), model, section)
         blocks = model.blocks(network)
         for place, number in enumerate(numbers):
             blocks[number].register_forward_hook(partial(head._keep, place))
@@ -169,14 +171,14 @@ def saved_bytes(section: HeadSection, model: VideoModel, shape: PassShape) -> tu
 
 
 @contextmanager
-def asked(heads: Sequence[Head], length: int, *, detached: bool = False) -> Iterator[list[Tensor]]:
+def asked(heads: Sequence[Head], latent_shape: LatentShape, *, detached: bool = False) -> Iterator[list[Tensor]]:
     """Ask the heads in the forward passes within; yields the list that takes their logits `[B]`.
 
     Args:
-        length: tokens of the sequence.
+        latent_shape: of the networks' input.
         detached: read the tokens without their graph: a backward pass ends in the head.
     """
-    question = Question(length, detached)
+    question = Question(latent_shape, detached)
     for head in heads:
         head.question = question
     try:

@@ -75,13 +75,41 @@ def sample_normal(
     shape: Sequence[int], seed: int, purpose: str, ids: Sequence[SampleId], *counters: int, device: torch.device | str
 ) -> Tensor:
     """Noise for a batch, one draw per sample: `[len(ids), *shape]`, float32, on `device`."""
-    draws = [normal(shape, seed, purpose, i.epoch, i.unit, i.index, *counters) for i in ids]
-    return torch.stack(draws).to(device, non_blocking=True)
+    keys = _sample_keys(seed, purpose, ids, counters)
+    draws = np.empty((len(ids), *shape), dtype=np.float32)
+    philox = np.random.Philox(key=0)
+    generator, state = np.random.Generator(philox), philox.state
+    words = np.array([0, _purpose_number(purpose)], dtype=np.uint64)
+    for i in range(len(ids)):  # one generator for all: to make one takes longer than a small sample's draw
+        words[0] = keys[i]
+        state["state"]["key"] = words
+        philox.state = state
+        draws[i] = generator.standard_normal(tuple(shape), dtype=np.float32)
+    return torch.from_numpy(draws).to(device, non_blocking=True)
 
 
 def sample_uniform(
     seed: int, purpose: str, ids: Sequence[SampleId], *counters: int, device: torch.device | str
 ) -> Tensor:
     """One uniform draw from [0, 1) per sample: `[len(ids)]`, float64, on `device`."""
-    draws = [uniform(seed, purpose, i.epoch, i.unit, i.index, *counters) for i in ids]
-    return torch.tensor(draws, dtype=torch.float64).to(device, non_blocking=True)
+    draws = (_sample_keys(seed, purpose, ids, counters) >> np.uint64(11)) / float(1 << 53)
+    return torch.from_numpy(draws).to(device, non_blocking=True)
+
+
+def _sample_keys(seed: int, purpose: str, ids: Sequence[SampleId], counters: Sequence[int]) -> np.ndarray:
+    """`key(seed, purpose, epoch, unit, index, *counters)` of every sample, `[len(ids)]` uint64."""
+    state = splitmix64(splitmix64(splitmix64(seed & _MASK) ^ _purpose_number(purpose)) ^ (3 + len(counters)))
+    states = np.full(len(ids), state, dtype=np.uint64)
+    for place in zip(*((i.epoch & _MASK, i.unit & _MASK, i.index & _MASK) for i in ids), strict=True):
+        states = _splitmix64_each(states ^ np.array(place, dtype=np.uint64))
+    for counter in counters:
+        states = _splitmix64_each(states ^ np.uint64(counter & _MASK))
+    return states
+
+
+def _splitmix64_each(values: np.ndarray) -> np.ndarray:
+    """`splitmix64` of every element; arithmetic of unsigned arrays is modulo 2^64."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

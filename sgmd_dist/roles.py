@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from sgmd_dist import flow, heads
 from sgmd_dist.adapters import Switch, adapter_parameters
-from sgmd_dist.models.base import LatentShape, VideoModel
+from sgmd_dist.models.base import LatentShape, RunnableModel
 from sgmd_dist.recipe import AdamWSection, LrScheduleSection, OptimSection
 from sgmd_dist.shard import local
 
@@ -81,7 +81,7 @@ class Role:
         parameters: what training this role changes, sharded, by name: the adapter's tensors, or the whole module's.
     """
 
-    def __init__(self, name: str, module: nn.Module, model: VideoModel, *, recomputes: bool = False) -> None:
+    def __init__(self, name: str, module: nn.Module, model: RunnableModel, *, recomputes: bool = False) -> None:
         self.name = name
         self.module = module
         self.model = model
@@ -116,8 +116,8 @@ class Role:
         Args:
             detached: whether a backward pass from the logits ends in the head.
         """
-        length = self.model.num_tokens(cast(LatentShape, tuple(x_sigma.shape[1:])))
-        with heads.asked(self._heads, length, detached=detached) as logits:
+        latent_shape = cast(LatentShape, tuple(x_sigma.shape[1:]))
+        with heads.asked(self._heads, latent_shape, detached=detached) as logits:
             velocity = self(x_sigma, sigma, prompt_embeds, level)
         [of_samples] = logits
         return velocity, of_samples
@@ -292,7 +292,7 @@ def lr_factor(section: LrScheduleSection, step: int, num_steps: int) -> float:
 
 
 def build_roles(
-    modules: Mapping[str, tuple[nn.Module, VideoModel]],
+    modules: Mapping[str, tuple[nn.Module, RunnableModel]],
     trained: set[str],
     optim: OptimSection,
     num_steps: int,

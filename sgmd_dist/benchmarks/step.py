@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sgmd_dist.batch import Batch
 from sgmd_dist.benchmarks.report import machine
 from sgmd_dist.metrics import Timer
-from sgmd_dist.models.base import LatentShape
+from sgmd_dist.models.base import LatentShape, VideoModel
 from sgmd_dist.objectives.base import Phase, StepState
 from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
 from sgmd_dist.planner.machine import Machine
@@ -269,7 +269,7 @@ class MeasuredTrainer(Trainer):
 
     def _num_tokens(self, calls: Mapping[tuple[str, Call], int]) -> float:
         """Tokens of a video, mean over the calls."""
-        model = self.roles["generator"].model
+        model = cast(VideoModel, self.roles["generator"].model)  # as every recipe's
         lengths = [(model.num_tokens(cast(LatentShape, call.shape[1:])), count) for (_, call), count in calls.items()]
         return sum(length * count for length, count in lengths) / sum(count for _, count in lengths)
 

@@ -135,11 +135,8 @@ class SequenceAxis(Protocol):
         ...
 
 
-class VideoModel(Protocol):
-    """One network architecture with its conventions.
-
-    A network's output is a tuple with the velocity first, a block's output its tokens `[B, c, D]`: see
-    `sgmd_dist.heads`.
+class RunnableModel(Protocol):
+    """How a network is run: what training in one process needs, without building, sharding and files.
 
     A model may have experts: networks of one architecture inside its module, of which a forward pass runs the one that
     serves the batch's noise levels.
@@ -148,9 +145,43 @@ class VideoModel(Protocol):
         boundaries: the noise levels in (0, 1), ascending, from which the next expert serves; none with one network.
     """
 
+    boundaries: tuple[float, ...]
+
+    def velocity(
+        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
+    ) -> Tensor:
+        """Run the network.
+
+        Args:
+            latents: `[B, C, F, H, W]`, any float dtype; cast to the compute dtype here.
+            sigma: `[B]` noise levels in [0, 1], float32.
+            prompt_embeds: `[B, T, D]`.
+            level: any noise level that the same expert serves as all of `sigma`, equal on all ranks. A model with
+                experts chooses by it and needs it; see `sgmd_dist.flow`.
+
+        Returns:
+            The velocity `[B, C, F, H, W]`, float32.
+        """
+        ...
+
+    def smallest_latents(self) -> LatentShape:
+        """The smallest shape that the network accepts, for warm-up runs."""
+        ...
+
+    def text_dim(self) -> int:
+        """Width D of the prompt embeddings."""
+        ...
+
+
+class VideoModel(RunnableModel, Protocol):
+    """One network architecture with its conventions.
+
+    A network's output is a tuple with the velocity first, a block's output its tokens `[B, c, D]`: see
+    `sgmd_dist.heads`.
+    """
+
     config: dict[str, Any]
     compute_dtype: torch.dtype
-    boundaries: tuple[float, ...]
 
     def build(self) -> nn.Module:
         """The network, on the current default device (`torch.device("meta")` as a context builds it empty)."""
@@ -212,37 +243,12 @@ class VideoModel(Protocol):
         """
         ...
 
-    def velocity(
-        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
-    ) -> Tensor:
-        """Run the network.
-
-        Args:
-            latents: `[B, C, F, H, W]`, any float dtype; cast to the compute dtype here.
-            sigma: `[B]` noise levels in [0, 1], float32.
-            prompt_embeds: `[B, T, D]`.
-            level: any noise level that the same expert serves as all of `sigma`, equal on all ranks. A model with
-                experts chooses by it and needs it; see `sgmd_dist.flow`.
-
-        Returns:
-            The velocity `[B, C, F, H, W]`, float32.
-        """
-        ...
-
     def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
         """Latent shape of a video of so many frames and pixels, by the strides of the family's VAE.
 
         Raises:
             UserError: these sizes do not make whole latents and patches; the message names `data.video`'s key.
         """
-        ...
-
-    def smallest_latents(self) -> LatentShape:
-        """The smallest shape that the network accepts, for warm-up runs."""
-        ...
-
-    def text_dim(self) -> int:
-        """Width D of the prompt embeddings."""
         ...
 
     def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:

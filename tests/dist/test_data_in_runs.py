@@ -128,22 +128,22 @@ def test_a_run_goes_on_with_another_micro_batch_in_the_middle_of_an_epoch(recipe
     run_ranks(1, train, recipe_path, ["run.steps=4", "data.micro_batch_size=2", "data.lanes=2"])
     run_dir = recipe_path.parent / "run"
     units = [line["data/unit"] for line in metrics_of(run_dir)]
-    assert units == [24, 48, 60, 72], "24 units of 1 sample a step, then 12 of 2"
+    assert units == [8, 16, 20, 24], "8 units of 1 sample a step, then 4 of 2"
     assert checkpoint.read_meta(checkpoint.committed(run_dir)[-1]).stream["history"] == [
-        {"lanes": 3, "micro_batch_size": 1, "window": 16, "units": 48}
+        {"lanes": 3, "micro_batch_size": 1, "window": 16, "units": 16}
     ]
 
 
 def test_a_run_mixes_its_shards_and_resumes(recipe_path: Path, shards: Path, tmp_path: Path) -> None:
-    """Two entries at 3 to 1, some 20 samples of each."""
+    """Two entries at 3 to 1, some 8 samples of each."""
     one, two = sorted(str(path) for path in shards.glob("*.tar"))
-    mixed = [f"data.shards=[{one},{two}]", "data.weights=[3,1]", "data.max_samples=40", "objective.inner_sample=reuse"]
+    mixed = [f"data.shards=[{one},{two}]", "data.weights=[3,1]", "data.max_samples=16", "objective.inner_sample=reuse"]
     run_ranks(1, train, recipe_path, [*mixed, "run.steps=3"])
     state = run_ranks(2, train, recipe_path, [*mixed, "run.steps=5"])[0]
     quiet = run_ranks(1, train, recipe_path, [*mixed, "run.steps=5", f"run.dir={tmp_path}/quiet"])[0]
     assert parameter_difference(state, quiet) < 1e-6
     resumed, alone = metrics_of(recipe_path.parent / "run"), metrics_of(tmp_path / "quiet")
     assert resumed == [pytest.approx(line, rel=1e-4) for line in alone]
-    assert resumed[-1]["data/unit"] == 60 and resumed[-1]["data/epoch/0"] >= 1
+    assert resumed[-1]["data/unit"] == 20 and resumed[-1]["data/epoch/0"] >= 1
     with pytest.raises(RankError, match=r"UserError: .*weights is None, the checkpoint's \[3.0, 1.0\] \(set data.weights"):
         run_ranks(1, train, recipe_path, [mixed[0], *mixed[2:], "run.steps=6"])

@@ -26,7 +26,7 @@ VARIANTS = {
     "reuse": [SIX, "objective.inner_sample=reuse", "objective.fake_updates=2"],
     "checkpointing": [SIX, "parallel.activation_checkpointing=block"],
     "diversity": [SIX, "objective.diversity.weight=0.05", "objective.guidance=separate"],
-    "exit_groups": [SIX, "objective.exit_groups=2"],
+    "exit_groups": ["data.global_batch_size=12", "objective.exit_groups=2"],  # groups of 6, for 1, 2 and 3 ranks
 }
 DMD2 = [SIX, "objective={name: dmd2, fake_updates: 2}"]
 _references: dict[tuple[str, ...], State] = {}
@@ -56,7 +56,7 @@ def only_reference_trees(state: State) -> State:
     [*((variant, ranks) for variant in VARIANTS for ranks in (1, 2)), ("fresh", 3), ("exit_groups", 3)],
 )
 def test_ranks_equal_one_plain_process(recipe_path: Path, variant: str, world_size: int) -> None:
-    """5 SGMD steps of 6 micro-batches: accumulation 6, 3 and 2."""
+    """5 SGMD steps of 6 micro-batches: accumulation 6, 3 and 2; twice as many in groups."""
     state = run_ranks(world_size, train, recipe_path, VARIANTS[variant])[0]
     expected = reference(recipe_path, VARIANTS[variant])
     assert moved(expected) > 1e-3

@@ -146,3 +146,20 @@ def test_sample_draws_follow_the_sample_and_not_its_place_in_the_batch() -> None
     assert len(set(u.tolist())) == 4 and len(set(noise[:, 0, 0].tolist())) == 4
     assert torch.equal(noise[1], rng.normal((2, 3), 9, "noise", 0, 5, 1, 4))
     assert u[1].item() == rng.uniform(9, "u", 0, 5, 1, 4)
+
+
+def test_a_batchs_draws_are_those_of_its_samples_one_by_one() -> None:
+    ids = [SampleId(0, 0, 0), SampleId(2, 2**40, 63), SampleId(2**63, 2**64 - 1, 1), SampleId(-1, 3, 0)]
+    for seed, counters in itertools.product((0, 2**64 - 1, -5), ((), (0,), (2**63, 7))):
+        noise = rng.sample_normal((3, 2), seed, "noise", ids, *counters, device="cpu")
+        u = rng.sample_uniform(seed, "u", ids, *counters, device="cpu")
+        for row, each, i in zip(noise, u, ids, strict=True):
+            assert torch.equal(row, rng.normal((3, 2), seed, "noise", i.epoch, i.unit, i.index, *counters))
+            assert each.item() == rng.uniform(seed, "u", i.epoch, i.unit, i.index, *counters)
+
+
+def test_a_samples_noise_does_not_depend_on_the_sample_before() -> None:
+    """An odd number of values leaves half a word of the generator behind."""
+    ids = [SampleId(0, 0, i) for i in range(3)]
+    noise = rng.sample_normal((5,), 0, "noise", ids, device="cpu")
+    assert torch.equal(noise[2:], rng.sample_normal((5,), 0, "noise", ids[2:], device="cpu"))

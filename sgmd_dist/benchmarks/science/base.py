@@ -6,12 +6,13 @@ compared is mathematics, at the smallest cost.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from sgmd_dist.batch import Batch
-from sgmd_dist.models.base import LatentShape, VideoModel
+from sgmd_dist.models.base import LatentShape, RunnableModel
 
 
 class World(Protocol):
@@ -33,7 +34,7 @@ class World(Protocol):
     sigma_shift: float
     num_samples: int
 
-    def networks(self) -> dict[str, tuple[nn.Module, VideoModel]]:
+    def networks(self) -> Mapping[str, tuple[nn.Module, RunnableModel]]:
         """New teacher, generator and fake_score; the latter two start as the teacher without guidance."""
         ...
 

@@ -48,7 +48,7 @@ class Numbers:
 
 def attempt(out: Path, encoder: Numbers | None = None, rows: Sequence[Row] = ROWS, **options: Any) -> Summary:
     """Small shards: 3 samples of either bucket."""
-    return prepare(out, rows, options.pop("settings", SETTINGS), encoder or Numbers(), shard_bytes=450, **options)
+    return prepare(out, rows, options.pop("settings", SETTINGS), encoder or Numbers(), shard_bytes=520, **options)
 
 
 def die() -> None:

@@ -19,7 +19,7 @@ from sgmd_dist.roles import Roles, build_roles
 
 SHAPE = (2, 1, 1, 1)
 TEACHER, REAL, STD = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 0.3
-SIZE, STEPS = 32, 250
+SIZE, STEPS = 32, 150
 
 
 class Block(nn.Module):
