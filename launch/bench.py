@@ -2,13 +2,14 @@
             launch/bench.py step RECIPE [key.sub=value ...] [--steps N] [--out FILE.json]
             launch/bench.py checkpoint [--millions N | --recipe RECIPE] [--dir FOLDER] [--out FILE.json]
             launch/bench.py data [--samples N] [--rounds N] [--threads N] [--dir FOLDER] [--out FILE.json]
+            launch/bench.py science [--quick | --smoke] [--world NAME ...] [--methods NAME ...] [--out FOLDER]
 
 Kernels and attention: on CUDA each is timed against eager torch, torch.compile and what the card reaches in the same
 run; elsewhere it is checked for correctness on small shapes. Exit code 1: a result was wrong.
 
 Step holds optimizer steps against the network passes that they are made of, checkpoint says what synchronous and
 asynchronous saves cost training: both in one process or under torchrun. Data holds the stream and plain webdataset
-against a raw read of the same bytes.
+against a raw read of the same bytes. Science trains every method in small worlds whose truth is known.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 @reports_user_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="kernels|attention|step|checkpoint|data")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="kernels|attention|step|checkpoint|data|science"
+    )
     _add_operations(commands)
     _add_step(commands)
     _add_checkpoint(commands)
     _add_data(commands)
+    _add_science(commands)
     args, rest = parser.parse_known_args()  # overrides may stand behind options
     if rest and (args.command != "step" or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -95,6 +99,22 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument("--smoke", action="store_true", help="a few kilobytes: tries the benchmark, measures nothing")
     command.add_argument("--out", "--json", type=Path, help="write the results as JSON")
     command.set_defaults(run=_data)
+
+
+def _add_science(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    description = "what objectives reach for how many network passes, in small worlds with known teachers"
+    command = commands.add_parser("science", help=description, description=description)
+    size = command.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="all worlds and methods, a few steps each: tries everything")
+    size.add_argument("--smoke", action="store_true", help="SGMD against DMD2 in the world of trajectories, with gates")
+    command.add_argument("--world", nargs="+", metavar="NAME", help="ring, trajectories, tiny_wan; default: all")
+    command.add_argument("--methods", nargs="+", metavar="NAME", help="names of table rows; default: all")
+    command.add_argument("--seeds", type=positive_int, default=4, help="trainings of each method; default: 4")
+    command.add_argument("--workers", type=positive_int, default=2, help="processes, one thread each; default: 2")
+    command.add_argument(
+        "--out", type=Path, help="folder of results, and of finished trainings; default: runs/science, or none"
+    )
+    command.set_defaults(run=_science)
 
 
 def _operations(args: argparse.Namespace) -> int:
@@ -165,6 +185,34 @@ def _write(report: Report | StepReport | CheckpointReport | DataReport, path: Pa
     if path is not None:
         report.write(path)
         print(path)
+
+
+def _science(args: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch in this process
+    from sgmd_dist.benchmarks.science import study
+    from sgmd_dist.benchmarks.science.report import Report
+
+    if args.smoke:
+        return _science_smoke(args)
+    make = study.quick_study if args.quick else study.full_study
+    folder = args.out or (None if args.quick else Path("runs/science"))
+    studies = [make(world, args.seeds, args.methods) for world in study.known(args.world, study.WORLDS, "--world")]
+    report = Report(" ".join(["launch/bench.py", *sys.argv[1:]]))
+    for each in studies:
+        report.curves[each.world] = each.run(args.workers, folder)
+    print(report.tables())
+    if folder is not None:
+        report.write(folder)
+        print(f"results.json, tables.md and curves in {folder}")
+    return 0
+
+
+def _science_smoke(args: argparse.Namespace) -> int:
+    from sgmd_dist.benchmarks.science import gates
+
+    found = gates.smoke(args.workers)
+    print(found.table())
+    return 0 if found.passed else 1
 
 
 if __name__ == "__main__":

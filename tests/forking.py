@@ -15,6 +15,8 @@ IMPORTED = [
     "sgmd_dist.models.wan",
     "sgmd_dist.objectives.dmd2",
     "sgmd_dist.objectives.sgmd",
+    "sgmd_dist.objectives.sid",
+    "sgmd_dist.objectives.sim",
     "sgmd_dist.planner.plan",
     "sgmd_dist.preflight",
     "sgmd_dist.trainer",

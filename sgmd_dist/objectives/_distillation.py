@@ -89,10 +89,11 @@ class Renoised:
 class Distillation:
     """Base of the objectives: one generator update on `generator_loss`, then the fake score's updates.
 
-    `score_gradient`: what the generator's loss differentiates the fake score for.
+    `score_gradient`, `teacher_gradient`: what the generator's loss differentiates the fake score and the teacher for.
     """
 
     score_gradient: Gradient = "none"
+    teacher_gradient: Gradient = "none"
 
     def __init__(self, section: DistillationSection) -> None:
         self.roles = {"teacher": False, "generator": True, "fake_score": True}
@@ -148,7 +149,8 @@ class Distillation:
     def _generator_passes(self, step: int) -> tuple[Passes, ...]:
         extra = self.extra_passes(step)
         rollout = self._rollout_passes(step, "weights", first_is_known=bool(extra))
-        return (*extra, *rollout, self.score_pass(step), *self.teacher_passes(step))
+        scores = (self.score_pass(step), *self.teacher_passes(step, gradient=self.teacher_gradient))
+        return (*extra, *rollout, *scores)
 
     def _rollout_passes(self, step: int, gradient: Gradient, *, first_is_known: bool = False) -> tuple[Passes, ...]:
         """Of `_rollout`: steps without a graph up to the exit, and the exit's pass with `gradient`."""
@@ -162,13 +164,13 @@ class Distillation:
             Passes("generator", gradient, sum(at_exit) / len(exits), max(at_exit)),
         )
 
-    def teacher_passes(self, step: int, evaluations: int = 1) -> tuple[Passes, ...]:
+    def teacher_passes(self, step: int, evaluations: int = 1, gradient: Gradient = "none") -> tuple[Passes, ...]:
         """So many evaluations of `teacher_velocity`."""
         if self.section.guidance_scale.at(step) == 1.0:
-            return (Passes("teacher", "none", evaluations, evaluations),)
+            return (Passes("teacher", gradient, evaluations, evaluations),)
         if self.section.guidance == "batched":
-            return (Passes("teacher", "none", evaluations, evaluations, batch=2),)
-        return (Passes("teacher", "none", 2 * evaluations, 2 * evaluations),)
+            return (Passes("teacher", gradient, evaluations, evaluations, batch=2),)
+        return (Passes("teacher", gradient, 2 * evaluations, 2 * evaluations),)
 
     def _generator_phase(self, roles: Roles, batch: Batch, state: StepState) -> Losses:
         noise = draw_noise("rollout", batch, state)
@@ -258,15 +260,17 @@ class Distillation:
         return next(part for part in parts if drawn in part)
 
     def scores(self, roles: Roles, batch: Batch, state: StepState, at: Renoised) -> tuple[Tensor, Tensor]:
-        """x0-predictions (fake, guided teacher) at `at.x_sigma`; the teacher's without gradient."""
+        """x0-predictions (fake, guided teacher) at `at.x_sigma`; see `teacher_x0`."""
         fake = roles["fake_score"](at.x_sigma, at.sigma, batch.prompt_embeds, at.level)
         return flow.x0_from_velocity(at.x_sigma, fake, at.sigma), self.teacher_x0(roles, batch, state, at)
 
-    @torch.no_grad()
     def teacher_x0(self, roles: Roles, batch: Batch, state: StepState, at: Renoised) -> Tensor:
-        """The guided teacher's x0-prediction at `at.x_sigma`, without gradient."""
-        teacher = self.teacher_velocity(roles, batch, state)(at.x_sigma.detach(), at.sigma, at.level)
-        return flow.x0_from_velocity(at.x_sigma.detach(), teacher, at.sigma)
+        """The guided teacher's x0-prediction at `at.x_sigma`, with a gradient where `teacher_gradient` is `input`."""
+        through_input = torch.is_grad_enabled() and self.teacher_gradient == "input"
+        x_sigma = at.x_sigma if through_input else at.x_sigma.detach()
+        with torch.set_grad_enabled(through_input):
+            teacher = self.teacher_velocity(roles, batch, state)(x_sigma, at.sigma, at.level)
+        return flow.x0_from_velocity(x_sigma, teacher, at.sigma)
 
     def teacher_velocity(self, roles: Roles, batch: Batch, state: StepState) -> flow.Velocity:
         """The guided teacher as a function of (x, sigma, level)."""

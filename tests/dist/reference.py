@@ -103,7 +103,7 @@ class Reference:
         return network(x, 1000 * sigma, text.float(), return_dict=False)[0]
 
     def guided_velocity(self, x: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             positive = self.velocity(self.teacher, x, sigma, batch.prompt_embeds)
             negative = self.velocity(self.teacher, x, sigma, batch.negative_embeds.expand_as(batch.prompt_embeds))
         return negative + self.recipe.objective.guidance_scale.at(0) * (positive - negative)
@@ -183,7 +183,26 @@ class Reference:
             target = x_g - (f_fake - f_teacher) / n
         return 0.5 * ((x_g - target) ** 2).mean()
 
+    def sid_loss(self, batch: Batch, x_g: Tensor) -> Tensor:
+        return self.identity_loss(batch, x_g, self.recipe.objective.alpha.at(0))
+
+    def sim_loss(self, batch: Batch, x_g: Tensor) -> Tensor:
+        return self.identity_loss(batch, x_g, None)
+
+    def identity_loss(self, batch: Batch, x_g: Tensor, alpha: float | None) -> Tensor:
+        """SiD's with its alpha, or SIM's; the teacher's input has the graph too."""
+        x, sigma, _ = self.renoise(x_g, batch, "generator", 0)
+        s = sigma[:, None, None, None, None]
+        f_fake = x - s * self.velocity(self.fake_score, x, sigma, batch.prompt_embeds)
+        f_teacher = x - s * self.guided_velocity(x, sigma, batch)
+        delta, n = f_teacher - f_fake, (x_g - f_teacher).detach().abs().mean((1, 2, 3, 4), keepdim=True) + 1e-8
+        if alpha is not None:
+            return ((1 - alpha) * delta**2 / n + delta * (f_fake - x_g) / n).mean()
+        c = self.recipe.objective.huber_c.at(0) * delta[0].numel() ** 0.5
+        norm = (delta**2).sum((1, 2, 3, 4), keepdim=True)
+        return (c * delta / torch.sqrt(norm + c**2) * (f_fake - x_g) / n).mean()
+
     def fake_loss(self, batch: Batch, x_g: Tensor, update: int) -> Tensor:
         x, sigma, noise = self.renoise(x_g, batch, "fake", update)
         error = ((self.velocity(self.fake_score, x, sigma, batch.prompt_embeds) - (noise - x_g)) ** 2).mean()
-        return error if self.recipe.objective.name == "dmd2" else 0.5 * error
+        return 0.5 * error if self.recipe.objective.name == "sgmd" else error

@@ -113,6 +113,7 @@ def sent_bytes(recipe_path: Path, overrides: list[str]) -> dict[str, float]:
         (4, [NO_CHANCE, "parallel.dp_replicate=2", "objective.inner_sample=reuse", "objective.guidance=separate"]),
         (2, ["objective={name: sgmd, student_steps: 2, diversity: {weight: 0.1, steps: 2}}"]),
         (2, ["objective={name: dmd2, student_steps: 1, fake_updates: 2}"]),
+        (2, ["objective={name: sid, student_steps: 1, guidance: separate}"]),
         (4, [NO_CHANCE, *ADAPTERS]),
     ],
 )
@@ -145,6 +146,8 @@ def passes_by_exit(recipe_path: Path, overrides: list[str], exits: list[int]) ->
         (["objective.inner_sample=fresh", "parallel.activation_checkpointing=block"], 17.0),
         (["objective.inner_sample=reuse", "parallel.activation_checkpointing=block"], 14.5),
         (["objective={name: dmd2, fake_updates: 2, guidance_scale: 1.0}"], None),
+        (["objective={name: sid}", "parallel.activation_checkpointing=block"], 21.0),
+        (["objective={name: sim, inner_sample: reuse, guidance: separate}"], None),
         ([*ADAPTERS, "parallel.activation_checkpointing=block"], None),
         (["objective={name: sgmd, student_steps: 3, guidance: separate, diversity: {weight: 0.1, steps: 2}}"], None),
     ],

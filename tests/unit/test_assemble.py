@@ -60,7 +60,10 @@ def full(module: torch.nn.Module) -> dict[str, Tensor]:
 # Recipes
 
 
-@pytest.mark.parametrize("name, roles", [("sgmd", ROLES), ("dmd2", ROLES), ("flow_matching", {"generator": True})])
+@pytest.mark.parametrize(
+    "name, roles",
+    [("sgmd", ROLES), ("dmd2", ROLES), ("sid", ROLES), ("sim", ROLES), ("flow_matching", {"generator": True})],
+)
 def test_an_objective_says_which_roles_there_are_and_which_are_trained(
     tiny_recipe: MakeRecipe, name: str, roles: dict[str, bool]
 ) -> None:

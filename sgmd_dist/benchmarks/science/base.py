@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from sgmd_dist.batch import Batch
 from sgmd_dist.models.base import LatentShape, RunnableModel
 
+REFERENCE_SEED = 1  # of the teacher samples that others are scored against
+
 
 class World(Protocol):
     """A teacher whose samples are known, and how samples are scored against them.

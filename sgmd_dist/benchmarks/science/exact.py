@@ -16,6 +16,7 @@ velocity of the marginal as the conditional expectation of that of the samples).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 
@@ -31,7 +32,7 @@ from sgmd_dist.rng import SampleId
 from sgmd_dist.rollout import guided, sample
 
 HIDDEN = 128
-NUM_FREQUENCIES = 6  # of the noise level, 1/2 to 16 turns over [0, 1]
+NUM_FREQUENCIES = 4  # of the noise level, 1/2 to 4 turns over [0, 1]
 WEIGHTS_SEED = 0
 DATA_SEED = 0
 EXCLUDED = -1e9  # the logarithm of a weight of zero: finite, since it is multiplied with the zeros of other prompts
@@ -96,22 +97,26 @@ class Mixture(nn.Module):
             sigma: `[B]`.
             prompt_embeds: `[B, 1, P]`.
         """
+        return self.velocities(x_sigma, sigma, [prompt_embeds])[0]
+
+    def velocities(self, x_sigma: Tensor, sigma: Tensor, prompts: Sequence[Tensor]) -> list[Tensor]:
+        """`velocity` at the same points for several prompts, whose embeddings are `[B, 1, P]` each."""
         sigma = sigma[:, None].to(self.means.dtype)
         clean = 1 - sigma
         precision = 1 / (clean**2 * self._variances + sigma**2)
         y = x_sigma @ self._basis
-        shares = self._shares(y * (clean * precision), clean**2 * precision, prompt_embeds)
-        mean = shares @ self._rotated_means
-        return (((sigma - clean * self._variances) * y - sigma * mean) * precision) @ self._basis.T
+        logits = (y * (clean * precision)) @ self._rotated_means.T - (clean**2 * precision) @ self._half_squares.T
+        without_mean = (sigma - clean * self._variances) * y
+        velocities = []
+        for embeds in prompts:
+            log_weights = torch.addmm(self._log_weights, embeds[:, 0], self._log_weights_by_prompt)
+            mean = (logits + log_weights).softmax(1) @ self._rotated_means
+            velocities.append(((without_mean - sigma * mean) * precision) @ self._basis.T)
+        return velocities
 
     def posterior_mean(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
         """E[x0 | x_sigma], `[B, D]`; see `velocity`."""
         return x_sigma - sigma[:, None] * self.velocity(x_sigma, sigma, prompt_embeds)
-
-    def _shares(self, linear: Tensor, quadratic: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """The components' probabilities `[B, K]` at x_sigma."""
-        log_weights = torch.addmm(self._log_weights, prompt_embeds[:, 0], self._log_weights_by_prompt)
-        return (log_weights + linear @ self._rotated_means.T - quadratic @ self._half_squares.T).softmax(1)
 
     def draw(self, prompts: Tensor, u: Tensor, noise: Tensor) -> Tensor:
         """Samples `[B, D]` for prompt numbers `[B]` from uniform draws `[B]` in [0, 1) and normal ones `[B, D]`."""
@@ -125,8 +130,8 @@ class Mixture(nn.Module):
 class ExactNetwork(nn.Module):
     """The mixture's velocity without guidance, and a learnable correction that starts at zero.
 
-    The correction is a perceptron that sees x_sigma, the exact velocity, the noise level and the prompt, as a network
-    that starts from a teacher's weights has the teacher's features.
+    The correction is a perceptron that sees x_sigma, the exact velocity with the prompt and without, the noise level
+    and the prompt: a network that starts from a teacher's weights has what the teacher knows.
     """
 
     _frequencies: Tensor
@@ -135,7 +140,7 @@ class ExactNetwork(nn.Module):
         super().__init__()
         self.mixture = mixture
         dim = mixture.means.shape[1]
-        sizes = [2 * dim + 2 * NUM_FREQUENCIES + mixture.num_prompts, *[HIDDEN] * num_layers, dim]
+        sizes = [3 * dim + 2 * NUM_FREQUENCIES + mixture.num_prompts, *[HIDDEN] * num_layers, dim]
         hidden = [layer for pair in pairwise(sizes[:-1]) for layer in (nn.Linear(*pair), nn.SiLU())]
         last = nn.Linear(sizes[-2], sizes[-1])
         self.correction = nn.Sequential(*hidden, last)
@@ -148,9 +153,10 @@ class ExactNetwork(nn.Module):
     def forward(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Velocity `[B, C, F, H, W]` at latents of that shape; sigma `[B]`, prompt_embeds `[B, 1, P]`."""
         x = latents.flatten(1)
-        velocity = self.mixture.velocity(x, sigma, prompt_embeds)
+        no_prompt = torch.zeros_like(prompt_embeds)
+        velocity, unprompted = self.mixture.velocities(x, sigma, [prompt_embeds, no_prompt])
         angles = sigma[:, None] * self._frequencies
-        features = torch.cat([x, velocity, angles.sin(), angles.cos(), prompt_embeds[:, 0]], 1)
+        features = torch.cat([x, velocity, unprompted, angles.sin(), angles.cos(), prompt_embeds[:, 0]], 1)
         return (velocity + self.correction(features)).reshape(latents.shape)
 
 

@@ -38,10 +38,10 @@ class Trajectories(MixtureWorld):
             "trajectories",
             (2, NUM_FRAMES, 1, 1),
             _mixture(),
-            batch_size=64,
+            batch_size=128,
             guidance_scale=2.0,
             sigma_shift=5.0,
-            num_samples=4096,
+            num_samples=2048,
         )
 
     def score(self, samples: Tensor, reference: Tensor) -> dict[str, float]:

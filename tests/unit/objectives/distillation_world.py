@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sgmd_dist import flow, rng
 from sgmd_dist.batch import Batch
-from sgmd_dist.objectives import dmd2, sgmd
+from sgmd_dist.objectives import dmd2, sgmd, sid, sim
 from sgmd_dist.objectives._distillation import Distillation
 from sgmd_dist.objectives.base import Losses, Phase, StepState
 from sgmd_dist.rng import SampleId
@@ -84,6 +84,14 @@ def make_dmd2(**keys: Any) -> dmd2.Dmd2:
     return dmd2.build(dmd2.Section.model_validate({"name": "dmd2", **keys}))
 
 
+def make_sid(**keys: Any) -> sid.Sid:
+    return sid.build(sid.Section.model_validate({"name": "sid", **keys}))
+
+
+def make_sim(**keys: Any) -> sim.Sim:
+    return sim.build(sim.Section.model_validate({"name": "sim", **keys}))
+
+
 DIVERSE = {"diversity": {"weight": 0.05}}
 
 
@@ -126,8 +134,10 @@ def naive_rollout(world: World, noise: Tensor, exit_index: int) -> Tensor:
     return x - sigma * world.generator.bare(x, torch.full((2,), sigma), text)
 
 
-def naive_scores(world: World, x_g: Tensor, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """sigma, f_F with graph and f_T without, at the levels and noise that the step's keys give."""
+def naive_scores(
+    world: World, x_g: Tensor, guidance: float, *, through_teacher: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sigma, f_F with graph and f_T with or without, at the levels and noise that the step's keys give."""
     ids = world.batch.ids
     u = rng.sample_uniform(7, "generator/sigma", ids, 0, device="cpu")
     t = ((u * 1000).floor() + 1) / 1000
@@ -136,7 +146,7 @@ def naive_scores(world: World, x_g: Tensor, guidance: float) -> tuple[Tensor, Te
     s = sigma.reshape(-1, 1, 1, 1, 1)
     x_sigma = (1 - s) * x_g + s * noise
     fake = x_sigma - s * world.fake.bare(x_sigma, sigma, world.batch.prompt_embeds)
-    with torch.no_grad():
+    with torch.set_grad_enabled(through_teacher):
         positive = world.teacher.bare(x_sigma, sigma, world.batch.prompt_embeds)
         negative = world.teacher.bare(x_sigma, sigma, world.batch.negative_embeds.expand(2, -1, -1))
         teacher = x_sigma - s * (negative + guidance * (positive - negative))
@@ -148,8 +158,14 @@ def mean(x: Tensor) -> Tensor:
 
 
 def naive_generator_loss(world: World, name: str, x_g: Tensor) -> Tensor:
-    sigma, fake, teacher = naive_scores(world, x_g, guidance=3.0)
+    sigma, fake, teacher = naive_scores(world, x_g, guidance=3.0, through_teacher=name in ("sid", "sim"))
     n = mean((x_g - teacher).abs()).detach() + 1e-8
+    if name == "sid":
+        return (-0.2 * mean((teacher - fake) ** 2) + mean((teacher - fake) * (fake - x_g))) / n
+    if name == "sim":
+        delta = teacher - fake
+        c = (0.3 * 24**0.5 / torch.sqrt(delta.square().sum((1, 2, 3, 4)) + 0.09 * 24)).reshape(-1, 1, 1, 1, 1)
+        return mean(c * delta * (fake - x_g)) / n
     if name == "dmd2":
         g = ((fake - teacher) / n.reshape(-1, 1, 1, 1, 1)).detach()
         return 0.5 * mean((x_g - (x_g - g).detach()) ** 2)

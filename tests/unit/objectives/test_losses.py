@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgmd_dist.objectives import dmd2, flow_matching, sgmd
+from sgmd_dist.objectives import dmd2, flow_matching, sgmd, sid, sim
 from sgmd_dist.objectives._distillation import score_metrics, teacher_distance
 from sgmd_dist.objectives.base import per_sample_mean
 
@@ -145,6 +145,25 @@ def test_fake_score_loss_of_dmd2_has_no_half() -> None:
     assert_same(dmd2.fake_score_loss(v_fake, noise, x_g), naive, [v_fake], [x_g])
 
 
+def test_sids_terms() -> None:
+    """(f_T - f_F)² / (n + 1e-8) and Δ (f_F - x_g) / (n + 1e-8), each a mean; gradients to all but n."""
+    x_g, f_fake, f_teacher, delta = tensors(4)
+    n = naive_distance(x_g, f_teacher)
+    fisher = loop(lambda i: (f_teacher[i] - f_fake[i]) ** 2 / (n[i[0]] + 1e-8))
+    normalizer = per_sample_mean((x_g - f_teacher).abs())  # with a graph, which the terms must cut
+    assert_same(sid.fisher_term(f_fake, f_teacher, normalizer), fisher, [f_fake, f_teacher], [x_g])
+    identity = loop(lambda i: delta[i] * (f_fake[i] - x_g[i]) / (n[i[0]] + 1e-8))
+    assert_same(sid.identity_term(x_g, f_fake, delta, normalizer), identity, [x_g, f_fake, delta], [f_teacher])
+
+
+def test_what_sim_leaves_of_a_difference() -> None:
+    """c / sqrt(|Δ|² + c²), c = huber_c sqrt(numel), |Δ| over all elements of a sample; with a gradient."""
+    (delta,) = tensors(1)
+    c = 0.3 * NUM_ELEMENTS**0.5
+    naive = c / (loop(lambda i: delta[i] ** 2) * NUM_ELEMENTS + c**2) ** 0.5
+    assert_same(sim.huber_shrinkage(delta, 0.3), naive, [delta], [])
+
+
 def test_flow_matching_loss() -> None:
     velocity, x0, noise = tensors(3)
     naive = loop(lambda i: (velocity[i] - (noise[i].detach() - x0[i].detach())) ** 2)
@@ -164,6 +183,9 @@ def test_a_sample_does_not_feel_its_neighbours_in_the_batch() -> None:
             sgmd.rc_loss(changed, noise, x_g)[1],
             dmd2.dmd_loss(changed, dmd2.dmd_gradient(changed.detach(), f_teacher, n))[1],
             dmd2.fake_score_loss(changed, noise, x_g)[1],
+            sid.fisher_term(changed, f_teacher, n)[1],
+            sid.identity_term(x_g, changed, f_teacher - changed, n)[1],
+            sim.huber_shrinkage(changed, 0.3)[1],
             flow_matching.flow_matching_loss(changed, x_g, noise)[1],
         ]
 

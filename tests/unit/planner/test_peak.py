@@ -38,7 +38,10 @@ class _Batches:
         return Batch(ids, keys, self._latent_shape, text, self._text, None, torch.ones(self._size, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("name, checkpointing", [("sgmd", "none"), ("sgmd", "block"), ("sgmd", "selective")])
+@pytest.mark.parametrize(
+    "name, checkpointing",
+    [("sgmd", "none"), ("sgmd", "block"), ("sgmd", "selective"), ("sid", "none"), ("sid", "block")],
+)
 def test_the_planned_peak_is_that_of_a_step(
     tiny_recipe: MakeRecipe, alone: torch.device, name: str, checkpointing: str
 ) -> None:

@@ -1,0 +1,44 @@
+"""The methods that are compared, and the learning rates that each is tried at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgmd_dist.benchmarks.science.training import Method
+
+SGMD, DMD2 = "SGMD", "DMD2 5:1"
+
+
+def _sgmd(name: str, *, lr_ratio: float = 1.0, leaks: bool = False, **keys: Any) -> Method:
+    return Method(name, {"name": "sgmd", "inner_sample": "reuse", **keys}, lr_ratio, leaks)
+
+
+def _dmd2(name: str, **keys: Any) -> Method:
+    return Method(name, {"name": "dmd2", "fake_updates": 5, **keys})
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        _sgmd(SGMD),
+        _sgmd("SGMD fresh", inner_sample="fresh"),
+        _sgmd("SGMD without NR", nr_weight=0.0),
+        _sgmd("SGMD, fake lr x 1/5", lr_ratio=0.2),
+        _sgmd("SGMD, fake lr x 5", lr_ratio=5.0),
+        _sgmd("SGMD, 2 fake updates", fake_updates=2),
+        _sgmd("SGMD, 5 fake updates", fake_updates=5),
+        _sgmd("SGMD with FSDP2's leak", leaks=True),
+        _dmd2(DMD2),
+        _dmd2("DMD2 5:1 reuse", inner_sample="reuse"),
+        _dmd2("DMD2 1:1", fake_updates=1),
+        Method("SiD", {"name": "sid", "inner_sample": "reuse"}),
+        Method("SIM", {"name": "sim", "inner_sample": "reuse"}),
+    )
+}
+
+# Of the generator. A world's networks decide the scale: corrections that start at zero, or a trained transformer.
+LEARNING_RATES = {
+    "ring": (1e-4, 3e-4, 1e-3, 3e-3),
+    "trajectories": (1e-4, 3e-4, 1e-3, 3e-3),
+    "tiny_wan": (1e-5, 2e-5, 5e-5),
+}

@@ -1,0 +1,139 @@
+"""Tables and curves of a study."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+
+from sgmd_dist.benchmarks.report import machine
+from sgmd_dist.benchmarks.science.methods import DMD2, SGMD
+from sgmd_dist.benchmarks.science.training import Curve, Point
+from sgmd_dist.durable import write_durably
+
+_BESIDES = ("speed_ratio", "fast_ratio", "jitter_ratio", "mode_coverage", "precision", "shape_error")
+
+
+@dataclass
+class Report:
+    """Curves by world and method, one for each seed."""
+
+    command: str
+    curves: dict[str, dict[str, list[Curve]]] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=lambda: machine())
+
+    def tables(self) -> str:
+        """For each world the methods at equal passes, and the best at equal CPU time."""
+        return "\n\n".join(world_table(world, methods) for world, methods in self.curves.items())
+
+    def write(self, folder: Path) -> None:
+        """Write results.json, tables.md and, for each world, curves as a PNG."""
+        content = {
+            "command": self.command,
+            "machine": self.machine,
+            "curves": {
+                world: {name: [asdict(curve) for curve in curves] for name, curves in methods.items()}
+                for world, methods in self.curves.items()
+            },
+        }
+        write_durably(folder / "results.json", (json.dumps(content) + "\n").encode())
+        write_durably(folder / "tables.md", (self.tables() + "\n").encode())
+        for world, methods in self.curves.items():
+            plot(world, methods, folder / f"{world}.png")
+
+
+def world_table(world: str, methods: Mapping[str, Sequence[Curve]]) -> str:
+    """A Markdown table: mean and standard deviation over the seeds.
+
+    `at equal CPU time` is the best swd in the time that the cheapest method's whole training takes. `passes to` and
+    `CPU s to` count until the first score that reaches the mean of DMD2 5:1's last ones, over the seeds that reach it.
+    """
+    first = next(iter(methods.values()))[0]
+    besides = [name for name in _BESIDES if name in first.points[0].scores]
+    cpu_s = min(fmean(curve.points[-1].cpu_s for curve in curves) for curves in methods.values())
+    target = final_score(methods[DMD2]) if DMD2 in methods else None
+    head = ["method", "lr", "passes per step", "CPU ms per step", "best swd", "its passes", "last swd"]
+    head += [f"best swd in {cpu_s:.0f} CPU s", *([f"passes to {target:.3f}", "CPU s to it"] if target else [])]
+    rows = [_row(name, curves, cpu_s, target, besides) for name, curves in methods.items()]
+    lines = [[*head, *(f"{name} there" for name in besides)], ["---"] * (len(head) + len(besides)), *rows]
+    start = first.points[0].scores
+    intro = (
+        f"{world}: {len(next(iter(methods.values())))} seeds; before distillation swd {start['swd']:.3f}, "
+        + ", ".join(f"{name} {start[name]:.2f}" for name in besides)
+    )
+    return intro + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(name: str, curves: Sequence[Curve], cpu_s: float, target: float | None, besides: Sequence[str]) -> list[str]:
+    best = [curve.best() for curve in curves]
+    steps = [curve.points[-1].steps for curve in curves]
+    row = [
+        name + _divergences(curves),
+        f"{curves[0].lr:g}",
+        f"{fmean(c.points[-1].passes / n for c, n in zip(curves, steps, strict=True)):.1f}",
+        f"{1000 * fmean(c.points[-1].cpu_s / n for c, n in zip(curves, steps, strict=True)):.1f}",
+        spread([point.scores["swd"] for point in best], 3),
+        spread([point.passes for point in best], 0),
+        spread([curve.points[-1].scores["swd"] for curve in curves], 3),
+        spread([curve.best(cpu_s=cpu_s).scores["swd"] for curve in curves], 3),
+    ]
+    if target is not None:
+        reached = [point for curve in curves if (point := curve.first_below(target)) is not None]
+        row += [
+            _reached(reached, len(curves), lambda p: p.passes, 0),
+            _reached(reached, len(curves), lambda p: p.cpu_s, 1),
+        ]
+    return row + [spread([point.scores[key] for point in best], 2) for key in besides]
+
+
+def _divergences(curves: Sequence[Curve]) -> str:
+    count = sum(curve.diverged for curve in curves)
+    return f" ({count} diverged)" if count else ""
+
+
+def _reached(points: Sequence[Point], num_seeds: int, value: Callable[[Point], float], digits: int) -> str:
+    if not points:
+        return "never"
+    short = "" if len(points) == num_seeds else f" ({len(points)} of {num_seeds})"
+    return spread([value(point) for point in points], digits) + short
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and sample standard deviation."""
+    deviation = stdev(values) if len(values) > 1 else math.nan
+    return f"{fmean(values):.{digits}f} ± {deviation:.{digits}f}" if len(values) > 1 else f"{values[0]:.{digits}f}"
+
+
+def final_score(curves: Sequence[Curve]) -> float:
+    """The mean of the last swd over the seeds."""
+    return fmean(curve.points[-1].scores["swd"] for curve in curves)
+
+
+def advantage(methods: Mapping[str, Sequence[Curve]]) -> list[float]:
+    """How many times fewer passes than DMD2 5:1 SGMD takes to its last score, by seed; infinite passes count as 0."""
+    target = final_score(methods[DMD2])
+    found = [curve.first_below(target) for curve in methods[SGMD]]
+    whole = [curve.points[-1].passes for curve in methods[DMD2]]
+    return [passes / point.passes if point else 0.0 for passes, point in zip(whole, found, strict=True)]
+
+
+def plot(world: str, methods: Mapping[str, Sequence[Curve]], path: Path) -> None:
+    """Quality against passes: the mean over the seeds, and their range."""
+    from matplotlib.figure import Figure  # an extra; nothing else needs it
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, curves in methods.items():
+        length = min(len(curve.points) for curve in curves)
+        columns = [[curve.points[i] for curve in curves] for i in range(length)]
+        passes = [fmean(point.passes for point in column) for column in columns]
+        values = [[point.scores["swd"] for point in column] for column in columns]
+        (line,) = axes.plot(passes, [fmean(column) for column in values], label=name)
+        axes.fill_between(passes, [*map(min, values)], [*map(max, values)], color=line.get_color(), alpha=0.12)
+    axes.set(title=world, xlabel="network passes per sample", ylabel="sliced Wasserstein distance to the teacher")
+    axes.set_yscale("log")
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=110)

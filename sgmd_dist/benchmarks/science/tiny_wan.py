@@ -1,0 +1,193 @@
+"""The moving-shapes world with the tiny Wan of recipes/tiny_wan as the teacher.
+
+The caption leaves position and speed open. The teacher's samples are made once and kept in `CACHE`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from sgmd_dist import flow, rng
+from sgmd_dist.batch import Batch
+from sgmd_dist.benchmarks.science.base import REFERENCE_SEED
+from sgmd_dist.benchmarks.science.scores import energy_distance, root_mean_square, wasserstein_1d
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
+from sgmd_dist.data.world import World as MovingShapes
+from sgmd_dist.durable import write_durably
+from sgmd_dist.errors import UserError
+from sgmd_dist.evaluation import sliced_wasserstein
+from sgmd_dist.models import wan
+from sgmd_dist.models.base import LatentShape, RunnableModel, VideoModel
+from sgmd_dist.motion import jitter, latent_motion, speed
+from sgmd_dist.rng import SampleId
+from sgmd_dist.rollout import guided
+
+FOLDER = Path("recipes/tiny_wan")
+CACHE = Path("runs/science")
+_TEXT_TOKENS = 8
+_TEACHER_STEPS = 30
+_FAST = 1.25  # pixels per frame: between the world's second and its fastest speed
+_SUBPIXELS = 4  # places of a shape per pixel and axis that a frame is held against
+_CHUNK = 32
+_FLOOR_SEED = 2  # of teacher samples besides the reference
+_NUM_SPLITS = 16
+
+
+def build() -> TinyWan:
+    """The world; its folder is looked for in the working directory.
+
+    Raises:
+        UserError: the folder is not there.
+    """
+    if not FOLDER.is_dir():
+        raise UserError(f"{FOLDER}: not found; run the benchmark from the root of the repository")
+    return TinyWan()
+
+
+class TinyWan:
+    """A learned teacher of half a million parameters; see `base.World`."""
+
+    name = "tiny_wan"
+    batch_size = 8
+    guidance_scale = 3.0
+    sigma_shift = 5.0
+    num_samples = 256
+
+    def __init__(self) -> None:
+        self.world = MovingShapes()
+        self.latent_shape: LatentShape = self.world.latent_shape
+        self._floors: dict[int, float] = {}
+        self.model: VideoModel = wan.build(
+            wan.Section(compute_dtype="float32", text_tokens=_TEXT_TOKENS, boundary_ratio=None), str(FOLDER), "FOLDER"
+        )
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        return self.model.read_export(FOLDER / "transformer")
+
+    @cached_property
+    def _embeds(self) -> dict[str, Tensor]:
+        """Padded prompt embeddings `[T, D]` by caption, rounded as shards hold them."""
+        captions = [*self.world.captions(), NEGATIVE_PROMPT]
+        embeds = TextEncoder.from_pretrained(FOLDER).encode(captions)
+        padded = [pad(e[:_TEXT_TOKENS], (0, 0, 0, _TEXT_TOKENS - len(e[:_TEXT_TOKENS]))) for e in embeds]
+        return {caption: e.bfloat16().float() for caption, e in zip(captions, padded, strict=True)}
+
+    def networks(self) -> dict[str, tuple[nn.Module, RunnableModel]]:
+        return {role: (self._network(), self.model) for role in ("teacher", "generator", "fake_score")}
+
+    def _network(self) -> nn.Module:
+        module = self.model.build()
+        module.load_state_dict(self._weights)
+        return module
+
+    def batch(self, unit: int) -> Batch:
+        numbers = range(unit * self.batch_size, (unit + 1) * self.batch_size)
+        samples = [self.world.sample(0, number) for number in numbers]
+        return Batch(
+            ids=[SampleId(0, unit, i) for i in range(self.batch_size)],
+            keys=[str(number) for number in numbers],
+            latent_shape=self.latent_shape,
+            prompt_embeds=torch.stack([self._embeds[sample.caption] for sample in samples]),
+            negative_embeds=self._embeds[NEGATIVE_PROMPT][None],
+            latents=torch.stack([sample.latents for sample in samples]),
+            valid=torch.ones(self.batch_size, dtype=torch.bool),
+        )
+
+    def _captions(self, count: int) -> list[str]:
+        captions = self.world.captions()
+        return [captions[number % len(captions)] for number in range(count)]
+
+    def prompts(self, count: int) -> tuple[Tensor, Tensor]:
+        embeds = torch.stack([self._embeds[caption] for caption in self._captions(count)])
+        return embeds, self._embeds[NEGATIVE_PROMPT][None]
+
+    def teacher_samples(self, count: int, seed: int) -> Tensor:
+        weights = hashlib.sha256(b"".join(w.numpy().tobytes() for w in self._weights.values())).hexdigest()[:12]
+        settings = f"{weights}-{self.guidance_scale:g}-{self.sigma_shift:g}-{_TEACHER_STEPS}-{count}-{seed}"
+        path = CACHE / f"{self.name}-{settings}.safetensors"
+        if not path.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            write_durably(path, save({"latents": self._sample_teacher(count, seed)}))
+        return load_file(path)["latents"]
+
+    @torch.no_grad()
+    def _sample_teacher(self, count: int, seed: int) -> Tensor:
+        module, (embeds, negative) = self._network(), self.prompts(count)
+        sigmas = flow.sampling_sigmas(_TEACHER_STEPS, self.sigma_shift)
+        noise = torch.stack([rng.normal(self.latent_shape, seed, "teacher_sample", i) for i in range(count)])
+
+        def network(x: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float) -> Tensor:
+            return self.model.velocity(module, x, sigma, prompt_embeds, level)
+
+        chunks = zip(noise.split(_CHUNK), embeds.split(_CHUNK), strict=True)
+        made = [flow.integrate(guided(network, e, negative, self.guidance_scale), x, sigmas) for x, e in chunks]
+        return torch.cat(made)
+
+    def score(self, samples: Tensor, reference: Tensor) -> dict[str, float]:
+        """Scores of samples for `prompts(N)` against the guided teacher's, `[N, C, F, H, W]` both.
+
+        swd: the sliced Wasserstein distance above that of two sets of teacher samples of this size, the root of the
+        difference of squares: a few hundred videos are far from others of their own distribution. motion_ratio,
+        speed_ratio, jitter_ratio: means over the reference's. speed_distance: 1-Wasserstein distance of the speeds, in
+        pixels per frame. fast_ratio: share of videos of the fastest mode over the reference's. shape_error: see
+        `shape_error`.
+        """
+        speeds, wanted = speed(samples), speed(reference)
+        excess = sliced_wasserstein(samples, reference) ** 2 - self._floor(len(samples)) ** 2
+        return {
+            "swd": max(excess, 0.0) ** 0.5,
+            "energy_distance": energy_distance(samples.flatten(1), reference.flatten(1)),
+            "motion_ratio": float(latent_motion(samples).mean() / latent_motion(reference).mean()),
+            "speed_ratio": float(speeds.mean() / wanted.mean()),
+            "speed_distance": wasserstein_1d(speeds, wanted),
+            "fast_ratio": float((speeds > _FAST).double().mean() / (wanted > _FAST).double().mean()),
+            "jitter_ratio": float(jitter(samples).mean() / jitter(reference).mean()),
+            "shape_error": float(shape_error(samples, self._captions(len(samples))).mean()),
+        }
+
+    def _floor(self, count: int) -> float:
+        """The sliced Wasserstein distance of two sets of so many teacher samples, over random splits."""
+        if count not in self._floors:
+            pool = torch.cat([self.teacher_samples(count, seed) for seed in (REFERENCE_SEED, _FLOOR_SEED)])
+            orders = (rng.permutation(2 * count, 0, "science/floor", split) for split in range(_NUM_SPLITS))
+            found = [sliced_wasserstein(pool[order[:count]], pool[order[count:]]) for order in orders]
+            self._floors[count] = root_mean_square(found)
+        return self._floors[count]
+
+
+def shape_error(samples: Tensor, captions: list[str]) -> Tensor:
+    """How far each frame is from the nearest picture of the caption's shape and colour, over that picture's energy.
+
+    Args:
+        samples: `[N, 3, F, H, W]`.
+        captions: "a {colour} {shape} moving {direction}", N of them.
+
+    Returns:
+        The mean over a video's frames `[N]`, float64; 0 for the world's own videos, up to a part of a pixel.
+    """
+    errors = []
+    for video, caption in zip(samples.double(), captions, strict=True):
+        _, colour, shape, *_ = caption.split()
+        templates = _templates(shape, colour, video.shape[2], video.shape[3])  # [S, 3, H, W]
+        spectra = torch.fft.fft2(video.transpose(0, 1))[:, None] * torch.fft.fft2(templates).conj()  # [F, S, 3, H, W]
+        likeness = torch.fft.ifft2(spectra).real.sum(dim=2).flatten(1).max(dim=1).values
+        energy = templates.square().flatten(1).sum(dim=1).mean()
+        errors.append((video.square().sum(dim=(0, 2, 3)) - 2 * likeness + energy).mean() / energy)
+    return torch.stack(errors)
+
+
+@cache
+def _templates(shape: str, colour: str, height: int, width: int) -> Tensor:
+    """The shape at the parts of a pixel `[S, 3, H, W]`; whole pixels are shifts."""
+    world = MovingShapes(num_frames=2, height=height, width=width)
+    parts = [i / _SUBPIXELS for i in range(_SUBPIXELS)]
+    places = [(x, y) for x in parts for y in parts]
+    return torch.stack([world.render(shape, colour, "right", 0.0, x, y)[:, 0] for x, y in places]).double()
