@@ -12,7 +12,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from sgmd_dist import adapters, checkpoint, registry
+from sgmd_dist import adapters, checkpoint, heads, registry
 from sgmd_dist.adapters import Lora, lora_from
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import VideoModel
@@ -20,7 +20,7 @@ from sgmd_dist.objectives.base import Objective
 from sgmd_dist.parallel.apply import parallelize, share_streams
 from sgmd_dist.parallel.load import Loaded, fill, load_safetensors
 from sgmd_dist.parallel.mesh import Mesh
-from sgmd_dist.recipe import Recipe
+from sgmd_dist.recipe import HeadSection, Recipe
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.rollout import Network
 
@@ -69,14 +69,36 @@ def lora_of(recipe: Recipe, role: str, model: VideoModel) -> Lora | None:
     return None if section is None else lora_from(section, model.lora_targets(), f"model.{role}.lora")
 
 
+def head_of(recipe: Recipe, role: str, model: VideoModel) -> HeadSection | None:
+    """The head that the objective puts on the network of `role`; None where it needs none.
+
+    Raises:
+        UserError: the head reads blocks that the network does not have, or the role trains an adapter.
+    """
+    section = recipe.objective.head_of(role)
+    if section is None:
+        return None
+    if recipe.model.lora_of(role) is not None:
+        raise UserError(
+            f"model.{role}.lora: {section.key} puts a head on this role's network, which an adapter shares with other"
+            f" roles; remove the adapter, or turn {section.key} off with {section.key}.weight=0"
+        )
+    heads.read_blocks(section, model.attention_shape().num_blocks)
+    return section
+
+
 @dataclass
 class NetworkPlan:
-    """A network before it is built, and the roles that run it, each with its adapter or None."""
+    """A network before it is built, and the roles that run it, each with its adapter or None.
+
+    `head`: what the objective puts on the network of a trained role, or None.
+    """
 
     model: VideoModel
     dtype: str
     is_frozen: bool
     roles: dict[str, Lora | None] = field(default_factory=dict)
+    head: HeadSection | None = None
 
     @property
     def loras(self) -> dict[str, Lora]:
@@ -99,14 +121,16 @@ def plan_networks(
         model_of: `build_model`, or `build_architecture`.
 
     Raises:
-        UserError: a pretrained folder or an adapter does not fit, or the offloaded teacher is an adapter's base.
+        UserError: a pretrained folder, an adapter or a head does not fit, or the offloaded teacher is an adapter's
+            base.
     """
     plans: list[NetworkPlan] = []
     for name, is_trained in names.items():
         model = model_of(recipe, name)
         lora = lora_of(recipe, name, model)
         dtype = recipe.model.for_role(name if lora is None else "teacher").dtype or "float32"
-        wanted = NetworkPlan(model, dtype, is_frozen=not is_trained or lora is not None)
+        head = head_of(recipe, name, model)
+        wanted = NetworkPlan(model, dtype, is_frozen=not is_trained or lora is not None, head=head)
         plan = next((known for known in plans if known.may_serve(wanted)), wanted)
         if plan is wanted:
             plans.append(plan)
@@ -147,10 +171,12 @@ def networks_by_role(
 
 
 def build_meta_network(recipe: Recipe, mesh: Mesh, plan: NetworkPlan) -> nn.Module:
-    """A network with its adapters, parallelized and still on the meta device."""
+    """A network with its adapters and its head, parallelized and still on the meta device."""
     with torch.device("meta"):
         # Not by diffusers' `to`, which warns of what loading decides.
         module = nn.Module.to(plan.model.build(), getattr(torch, plan.dtype))
+        if plan.head is not None:
+            heads.inject(module, plan.model, plan.head)
     for name, lora in plan.loras.items():
         adapters.inject(module, name, lora)
     return parallelize(
@@ -176,8 +202,12 @@ def is_offloaded(recipe: Recipe, plan: NetworkPlan) -> bool:
 
 
 def _fill_as_planned(module: nn.Module, plan: NetworkPlan, seed: int) -> None:
-    base = adapters.base_parameters(module)
+    of_heads = heads.parameters(module)
+    base = {name: p for name, p in adapters.base_parameters(module).items() if name not in of_heads}
     _log_weights(", ".join(plan.roles), _fill_with_weights(base, plan.model, seed), len(base), plan.model)
+    if of_heads:
+        count = fill(of_heads, partial(heads.initial_value, seed=seed))
+        logger.info("{}: {} tensors of a new head", ", ".join(plan.roles), count)
     for name, lora in plan.loras.items():
         count = fill(adapters.adapter_parameters(module, name), partial(adapters.initial_value, name, seed=seed))
         logger.info("{}: {} tensors of a new adapter, rank {}, scale {:g}", name, count, lora.rank, lora.scale)
@@ -218,21 +248,28 @@ def model_of_checkpoint(path: Path, role: str = "generator") -> tuple[Recipe, Vi
     return recipe, build_model(recipe, role)
 
 
-def load_weights(path: Path, which: Which, model: VideoModel, lora: Lora | None = None) -> dict[str, Tensor]:
+def load_weights(
+    path: Path, which: Which, model: VideoModel, lora: Lora | None = None, head: HeadSection | None = None
+) -> dict[str, Tensor]:
     """Full float32 tensors of one network of a checkpoint, on the CPU, without a process group.
 
     Args:
         lora: the role's adapter, whose tensors alone are in the checkpoint then, and in the result.
+        head: the one that the network was trained with; the result is without it.
 
     Raises:
         UserError: the checkpoint is missing, damaged or of another network.
     """
     with torch.device("meta"):
         module = model.build()
+        if head is not None:
+            heads.inject(module, model, head)
     if lora is not None:
         adapters.inject(module, _ONLY, lora)
     parameters = module.named_parameters() if lora is None else adapters.adapter_parameters(module, _ONLY).items()
-    return checkpoint.load_tree(path, which, {name: p.shape for name, p in parameters})
+    tensors = checkpoint.load_tree(path, which, {name: p.shape for name, p in parameters})
+    of_heads = heads.parameters(module)
+    return {name: tensor for name, tensor in tensors.items() if name not in of_heads}
 
 
 def merge_adapter(model: VideoModel, weights: Mapping[str, Tensor], lora: Lora, seed: int) -> dict[str, Tensor]:

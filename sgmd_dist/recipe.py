@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
@@ -104,11 +104,38 @@ class ModelSection(Section):
         return getattr(getattr(self, role), "lora", None)
 
 
+class HeadSection(Section):
+    """A head on the blocks of a trained role's network, which makes one number of each sample; see `sgmd_dist.heads`.
+
+    `blocks`: the blocks that it reads, from 0; by default those in the middle, at three quarters and at the end.
+    `width` of its layers. `lr_ratio`: its learning rate over that of the network's.
+    """
+
+    key: ClassVar[str]  # where a recipe has the section
+
+    blocks: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None, min_length=1, description="a list of numbers of blocks, from 0, as in [14, 22, 29]"
+    )
+    width: int = Field(default=256, ge=1)
+    lr_ratio: float = Field(default=1.0, gt=0)
+
+    @field_validator("blocks")
+    @classmethod
+    def _ascending(cls, blocks: list[int] | None) -> list[int] | None:
+        if blocks is not None and blocks != sorted(set(blocks)):
+            raise wrong("expected ascending numbers of blocks, each once")
+        return blocks
+
+
 class ObjectiveSection(Section):
     """Keys that every objective has; each objective's own `Section` adds its loss schedule."""
 
     name: str
     exit_groups: int = Field(default=1, ge=1)
+
+    def head_of(self, role: str) -> HeadSection | None:
+        """The head that the objective puts on a role's network; None where it needs none."""
+        return None
 
 
 class AdamWSection(Section):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from sgmd_dist import flow
+from sgmd_dist import flow, heads
 from sgmd_dist.adapters import Switch, adapter_parameters
-from sgmd_dist.models.base import RunnableModel
+from sgmd_dist.models.base import LatentShape, RunnableModel
 from sgmd_dist.recipe import AdamWSection, LrScheduleSection, OptimSection
 from sgmd_dist.shard import local
 
@@ -94,12 +94,33 @@ class Role:
             adapter_parameters(module, name) if self._switch.adapters else dict(module.named_parameters())
         )
         self._recomputes = recomputes
+        self._heads = heads.heads_of(module)
         self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self._lr: AdamWSection | None = None
 
     def __call__(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
         self.calls[self._kind_of(x_sigma, level)] += 1
         return self.run(x_sigma, sigma, prompt_embeds, level)
+
+    def judge(
+        self,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        prompt_embeds: Tensor,
+        level: float | None = None,
+        *,
+        detached: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """A call that gives the velocity and, by the head on the network's blocks, a logit per sample `[B]`.
+
+        Args:
+            detached: whether a backward pass from the logits ends in the head.
+        """
+        latent_shape = cast(LatentShape, tuple(x_sigma.shape[1:]))
+        with heads.asked(self._heads, latent_shape, detached=detached) as logits:
+            velocity = self(x_sigma, sigma, prompt_embeds, level)
+        [of_samples] = logits
+        return velocity, of_samples
 
     def run(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
         """A call that is not counted."""
@@ -131,10 +152,15 @@ class Role:
         return first is not None and first.requires_grad
 
     def add_optimizer(self, section: AdamWSection) -> None:
-        """Make the role trainable with AdamW on its (sharded) parameters."""
+        """Make the role trainable with AdamW on its (sharded) parameters; heads have a learning rate of their own."""
         self._lr = section
+        of_heads = {id(p): head.lr_ratio for head in self._heads for p in head.parameters()}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.parameters.values() if of_heads.get(id(p), 1.0) == ratio], "lr_ratio": ratio}
+            for ratio in sorted({1.0, *of_heads.values()})
+        ]
         self.optimizer = ShardedAdamW(
-            self.parameters.values(),
+            groups,
             lr=section.lr.at(0),
             betas=section.betas,
             weight_decay=section.weight_decay,
@@ -162,7 +188,7 @@ class Role:
         assert self.optimizer is not None and self._lr is not None, f"{self.name} is frozen"
         norm = _clip([p.grad for p in self.parameters.values() if p.grad is not None], max_grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr.lr.at(step) * lr_factor
+            group["lr"] = self._lr.lr.at(step) * lr_factor * group["lr_ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sgmd_dist import checkpoint, rng
-from sgmd_dist.assemble import Which, build_model, load_network, load_weights, lora_of
+from sgmd_dist.assemble import Which, build_model, head_of, load_network, load_weights, lora_of
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.sources import captions_in
 from sgmd_dist.errors import UserError
@@ -40,8 +40,9 @@ class Source:
 
     def network(self, which: Which, device: torch.device) -> Network:
         """A trained network of the checkpoint."""
-        lora = lora_of(self.recipe, which.partition(".")[0], self.model)
-        weights = load_weights(self.checkpoint, which, self.model, lora)
+        role = which.partition(".")[0]
+        lora, head = lora_of(self.recipe, role, self.model), head_of(self.recipe, role, self.model)
+        weights = load_weights(self.checkpoint, which, self.model, lora, head)
         return load_network(self.model, weights, device, self.recipe.run.seed, lora)
 
     def teacher(self, device: torch.device) -> Network:

@@ -122,6 +122,10 @@ class SequenceAxis(Protocol):
         """All ranks' runs, cut to `length` tokens along `dim`."""
         ...
 
+    def mean(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """The mean along `dim` over the `length` tokens of all ranks' runs, equal on all ranks."""
+        ...
+
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
         """Attention over the whole sequence of `length` tokens, from and to this rank's run `[B, c, H, D]`."""
         ...
@@ -170,7 +174,11 @@ class RunnableModel(Protocol):
 
 
 class VideoModel(RunnableModel, Protocol):
-    """One network architecture with its conventions."""
+    """One network architecture with its conventions.
+
+    A network's output is a tuple with the velocity first, a block's output its tokens `[B, c, D]`: see
+    `sgmd_dist.heads`.
+    """
 
     config: dict[str, Any]
     compute_dtype: torch.dtype

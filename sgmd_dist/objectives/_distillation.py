@@ -104,7 +104,7 @@ class Distillation:
 
     def phases(self, step: int) -> Sequence[Phase]:
         reuse = self.section.inner_sample == "reuse"
-        fake_passes = (*(() if reuse else self._rollout_passes(step, "none")), Passes("fake_score", "weights"))
+        fake_passes = (*(() if reuse else self._rollout_passes(step, "none")), self.fake_pass(step))
         fake = [
             Phase("fake_score", partial(self._fake_phase, update=i), "same" if reuse else "next", fake_passes)
             for i in range(self.section.num_fake_updates(step))
@@ -118,6 +118,22 @@ class Distillation:
     def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:
         """The fake score's loss per sample `[B]` at the velocity that it predicts."""
         raise NotImplementedError
+
+    def fake_losses(
+        self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor, at: Renoised, update: int
+    ) -> Losses:
+        """The fake score's loss on generated samples `x_g`, which have no graph, renoised to `at`."""
+        velocity = roles["fake_score"](at.x_sigma, at.sigma, batch.prompt_embeds, at.level)
+        loss = self.fake_loss(velocity, at.noise, x_g, state.step)
+        return Losses(loss, {"fake_score/loss": loss.detach()})
+
+    def fake_pass(self, step: int) -> Passes:
+        """The pass of `fake_losses`."""
+        return Passes("fake_score", "weights")
+
+    def score_pass(self, step: int) -> Passes:
+        """The fake score's pass in the generator's phase."""
+        return Passes("fake_score", self.score_gradient)
 
     def extra_generator_loss(self, roles: Roles, batch: Batch, state: StepState, noise: Tensor) -> ExtraLoss | None:
         """A loss on the generator's first step; None where the objective has none at this step."""
@@ -134,7 +150,7 @@ class Distillation:
     def _generator_passes(self, step: int) -> tuple[Passes, ...]:
         extra = self.extra_passes(step)
         rollout = self._rollout_passes(step, "weights", first_is_known=bool(extra))
-        scores = (Passes("fake_score", self.score_gradient), *self.teacher_passes(step, gradient=self.teacher_gradient))
+        scores = (self.score_pass(step), *self.teacher_passes(step, gradient=self.teacher_gradient))
         return (*extra, *rollout, *scores)
 
     def _rollout_passes(self, step: int, gradient: Gradient, *, first_is_known: bool = False) -> tuple[Passes, ...]:
@@ -178,11 +194,8 @@ class Distillation:
             noise = draw_noise(purpose, batch, state, update)
             with torch.no_grad():
                 x_g = self._rollout(roles, batch, state, purpose, noise, None, update)
-        fake_score = roles["fake_score"]
-        at = self.renoise([fake_score], x_g, batch, state, "fake", update)
-        velocity = fake_score(at.x_sigma, at.sigma, batch.prompt_embeds, at.level)
-        loss = self.fake_loss(velocity, at.noise, x_g, state.step)
-        return Losses(loss, {"fake_score/loss": loss.detach()})
+        at = self.renoise([roles["fake_score"]], x_g, batch, state, "fake", update)
+        return self.fake_losses(roles, batch, state, x_g, at, update)
 
     def _rollout(
         self,

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
     share_comm_ctx,
 )
 
+from sgmd_dist import heads
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.parallel.mesh import Mesh
@@ -62,7 +63,9 @@ def parallelize(
         UserError: `parallel.attention` names a backend that cannot run here.
     """
     _check_attention(section.attention, model, mesh.device, compute_dtype)
-    model.attach(module, SequenceAxis(mesh.sequence, section.attention))
+    axis = SequenceAxis(mesh.sequence, section.attention)
+    model.attach(module, axis)
+    heads.attach(module, axis)
     if dispatch.fused(section.kernels, mesh.device.type, dispatch.triton_installed()):
         model.fuse(module)
         _log_once("blocks run fused Triton kernels")

@@ -130,6 +130,15 @@ class SequenceAxis:
         runs = _all_gather(x.contiguous(), self._group.whole)
         return runs.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
 
+    def mean(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """The mean over all ranks' `length` tokens along `dim`, equal on all ranks. Each sends one sum."""
+        if self._group is None:
+            return x.mean(dim)
+        run = x.shape[dim]
+        start = min(self._group.rank * run, length)
+        own = x.narrow(dim, 0, min(run, length - start)).sum(dim, keepdim=True)
+        return self.gather(own, dim, self.size).sum(dim) / length
+
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
         """Attention of all tokens over all tokens.
 

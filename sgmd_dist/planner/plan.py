@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
+from sgmd_dist import heads
 from sgmd_dist.assemble import build_architecture, build_objective, plan_networks
 from sgmd_dist.data.sources import latent_shape_of
 from sgmd_dist.layout import Layout
-from sgmd_dist.models.base import LatentShape, PassShape, VideoModel
+from sgmd_dist.models.base import LatentShape, PassCosts, PassShape, VideoModel
 from sgmd_dist.objectives.base import Phase
 from sgmd_dist.parallel.sequence import Partition
 from sgmd_dist.planner.machine import Machine, knobs_of
@@ -141,13 +142,24 @@ def _with_costs(
         PlannedPhase(
             phase.role,
             tuple(
-                PlannedPasses(p, models[p.role].pass_costs(shape(p.batch)), p.role in with_adapter)
+                PlannedPasses(p, _costs(recipe, p.role, models[p.role], shape(p.batch)), p.role in with_adapter)
                 for p in phase.passes
             ),
             reuses_samples=phase.data == "same",
         )
         for phase in phases
     ]
+
+
+def _costs(recipe: Recipe, role: str, model: VideoModel, shape: PassShape) -> PassCosts:
+    """Costs of one pass, with what the role's head keeps for a backward pass; its FLOPs are too few to count."""
+    costs, head = model.pass_costs(shape), recipe.objective.head_of(role)
+    if head is None:
+        return costs
+    for_input, for_weights = heads.saved_bytes(head, model, shape)
+    rest = costs.activations.rest_saved
+    activations = replace(costs.activations, rest_saved=(rest[0] + for_input, rest[1] + for_weights))
+    return replace(costs, activations=activations)
 
 
 def _kept_bytes(

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import nn
 
-from sgmd_dist import adapters
+from sgmd_dist import adapters, heads
 from sgmd_dist.assemble import NetworkPlan
 from sgmd_dist.layout import Layout
 from sgmd_dist.planner.machine import Knobs
@@ -86,7 +86,7 @@ def networks_of(plans: Sequence[NetworkPlan], layout: Layout) -> dict[str, Netwo
     built: dict[tuple[object, ...], nn.Module] = {}  # roles mostly share one architecture, and building it takes time
     networks: dict[str, Network] = {}
     for number, plan in enumerate(plans):
-        kind = (type(plan.model), repr(plan.model.config), *plan.loras.items())
+        kind = (type(plan.model), repr(plan.model.config), repr(plan.head), *plan.loras.items())
         if kind not in built:
             built[kind] = _build(plan)
         roles = plan.roles if None in plan.roles.values() else {BASE: None, **plan.roles}
@@ -97,6 +97,8 @@ def networks_of(plans: Sequence[NetworkPlan], layout: Layout) -> dict[str, Netwo
 def _build(plan: NetworkPlan) -> nn.Module:
     with torch.device("meta"):
         module = plan.model.build()
+        if plan.head is not None:
+            heads.inject(module, plan.model, plan.head)
     for role, lora in plan.loras.items():
         adapters.inject(module, role, lora)
     return module

@@ -56,3 +56,27 @@ def test_half_precision_is_merged_in_float32() -> None:
     """Four parts: no more than the roundings of bfloat16 of a part and of the result."""
     for found in run_ranks(4, errors, 1, 4, torch.bfloat16):
         assert max(found.values()) < 2e-2, found
+
+
+def mean_errors() -> list[float]:
+    """Of the mean over lengths that leave ranks padding or no token at all, and of its gradients, on this rank."""
+    with process_group() as device:
+        mesh = build_mesh(Case(ulysses=3).layout(), device)
+        axis, found = SequenceAxis(mesh.sequence), []
+        for length in LENGTHS:
+            x = torch.randn(2, length, 4, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
+            x.requires_grad_()
+            y = axis.mean(axis.split(x, 1).cos(), 1, length)
+            y.square().sum().backward()
+            torch.distributed.all_reduce(x.grad)
+            (exact,) = torch.autograd.grad(x.cos().mean(1).square().sum(), x)
+            off = [y - x.cos().mean(1), x.grad / axis.size - exact]
+            found.append(max(float(error.detach().abs().max()) for error in off))
+        del mesh
+        gc.collect()
+        return found
+
+
+def test_the_mean_of_all_tokens_leaves_the_padding_out() -> None:
+    for found in run_ranks(3, mean_errors):
+        assert max(found) < 1e-14, found

@@ -132,8 +132,8 @@ def test_dmd2_differs_from_the_sgmd_recipe_in_its_objective_alone():
     dmd2, sgmd = (load_recipe(by_name(f"{name}_wan2.1_1.3b")).resolved() for name in ("dmd2", "sgmd"))
     assert {key for key in sgmd if dmd2[key] != sgmd[key]} == {"run", "objective"}
     shared = {key for key in dmd2["objective"] if dmd2["objective"][key] == sgmd["objective"].get(key)}
-    assert set(dmd2["objective"]) - shared == {"name", "fake_updates"}
-    assert dmd2["objective"]["fake_updates"] == 5.0
+    assert set(dmd2["objective"]) - shared == {"name", "fake_updates", "gan"}
+    assert dmd2["objective"]["fake_updates"] == 5.0 and dmd2["objective"]["gan"]["weight"] == 0.0
 
 
 def test_the_prompts_are_64_different_lines():

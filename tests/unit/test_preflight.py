@@ -71,6 +71,7 @@ SETTINGS = [
     (["objective.name=flow_matching"], "objective.name = flow_matching"),
     (["objective.rollout=data"], "objective.rollout = data"),
     (["objective={name: dmd2, rollout: data}"], "objective.rollout = data"),
+    (["objective={name: dmd2, gan: {weight: 0.1}}"], "objective.gan.weight > 0"),
 ]
 
 
