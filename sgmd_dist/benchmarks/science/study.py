@@ -35,12 +35,13 @@ class Budget:
     Attributes:
         passes: network passes per sample.
         num_points: scores on the way, besides those of the start.
-        num_samples: that are scored; None for the world's own number.
+        num_samples, num_reference: that are scored, and of the teacher; None for the world's own numbers.
     """
 
     passes: float
     num_points: int
     num_samples: int | None = None
+    num_reference: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def world_of(name: str) -> World:
 def run_job(job: Job) -> Curve:
     """Train, on one thread."""
     torch.set_num_threads(1)
-    world = world_of(job.world)
-    training = Training(world, job.method, job.lr, job.seed, job.budget.num_samples or world.num_samples)
-    return training.run(job.budget.passes, job.budget.num_points)
+    budget = job.budget
+    sizes = (budget.num_samples, budget.num_reference)
+    return Training(world_of(job.world), job.method, job.lr, job.seed, *sizes).run(budget.passes, budget.num_points)
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, folder: Path | None) -> list[Curve]:
@@ -83,8 +84,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, folder: Path | None) -> list[Cur
     wanted = {job.digest: job for job in jobs}
     found = {digest: curve for digest, job in wanted.items() if (curve := _kept(job, folder)) is not None}
     missing = [job for digest, job in wanted.items() if digest not in found]
-    for world in {job.world: world_of(job.world) for job in missing}.values():
-        world.teacher_samples(world.num_reference, REFERENCE_SEED)  # once, for all workers
+    for name, count in {(job.world, job.budget.num_reference) for job in missing}:
+        world = world_of(name)
+        world.teacher_samples(count or world.num_reference, REFERENCE_SEED)  # once, for all workers
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers' torch
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run_job, job): job for job in missing}
@@ -176,7 +178,7 @@ def quick_study(world: str, num_seeds: int, methods: Sequence[str] | None = None
         UserError: there is no such method.
     """
     names = known(methods, (SGMD, DMD2) if world == "tiny_wan" else tuple(METHODS), "--methods")
-    budget = Budget(40, 1, 32) if world == "tiny_wan" else Budget(300, 2, 512)
+    budget = Budget(40, 1, 32, 64) if world == "tiny_wan" else Budget(150, 2, 256, 256)
     return Study(world, names, LEARNING_RATES[world][-2:-1], min(num_seeds, 2), 0, budget)
 
 

@@ -90,11 +90,19 @@ class Training:
     Args:
         lr: of the generator.
         seed: of every draw.
-        num_evaluated: samples that are scored.
+        num_samples, num_reference: that are scored, and of the teacher; None for the world's own numbers.
     """
 
-    def __init__(self, world: World, method: Method, lr: float, seed: int, num_evaluated: int) -> None:
-        self.world, self.method, self.seed, self.num_evaluated = world, method, seed, num_evaluated
+    def __init__(
+        self,
+        world: World,
+        method: Method,
+        lr: float,
+        seed: int,
+        num_samples: int | None = None,
+        num_reference: int | None = None,
+    ) -> None:
+        self.world, self.method, self.seed = world, method, seed
         self.objective = make_objective(world, method)
         adamw = {"betas": (0.0, 0.999), "weight_decay": 0.01}
         optim = OptimSection.model_validate(
@@ -105,8 +113,8 @@ class Training:
         networks = {name: network for name, network in world.networks().items() if name in self.objective.roles}
         self.roles = build_roles(networks, trained, optim, num_steps=1, recomputes=False)
         self.curve = Curve(world.name, method.name, lr, seed)
-        self._embeds, self._negative = world.prompts(num_evaluated)
-        self._reference = world.teacher_samples(world.num_reference, REFERENCE_SEED)
+        self._embeds, self._negative = world.prompts(num_samples or world.num_samples)
+        self._reference = world.teacher_samples(num_reference or world.num_reference, REFERENCE_SEED)
         self._metrics: defaultdict[str, list[float]] = defaultdict(list)
         self.steps, self.passes, self.cpu_s, self._unit = 0, 0.0, 0.0, 0
 

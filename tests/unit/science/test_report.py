@@ -1,0 +1,59 @@
+"""Tables, the advantage and the curves, of results that are written out here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sgmd_dist.benchmarks.science.methods import DMD2, SGMD
+from sgmd_dist.benchmarks.science.report import Report, advantage, spread, world_table
+from sgmd_dist.benchmarks.science.training import Curve, Point
+
+
+def curve(method: str, seed: int, cost: float, quality: list[float]) -> Curve:
+    points = [
+        Point(i, cost * i, i / 10, {"swd": swd, "speed_ratio": 1.0 - swd}) for i, swd in enumerate([0.5, *quality])
+    ]
+    return Curve("toy", method, 1e-3, seed, points)
+
+
+METHODS = {
+    SGMD: [curve(SGMD, 0, 10, [0.2, 0.1]), curve(SGMD, 1, 10, [0.4, 0.2])],
+    DMD2: [curve(DMD2, 0, 40, [0.3, 0.2]), curve(DMD2, 1, 40, [0.3, 0.2])],
+}
+
+
+def test_a_row_says_what_a_method_reached_and_for_how_much() -> None:
+    lines = world_table("toy", METHODS).splitlines()
+    assert lines[0] == "toy: 2 seeds; before distillation swd 0.500, speed_ratio 0.50"
+    head, _, sgmd, dmd2 = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
+    row = dict(zip(head, sgmd, strict=True))
+    assert row["best swd"] == "0.150 ± 0.071" and row["its passes"] == "20 ± 0"
+    assert row["passes per step"] == "10.0" and row["CPU ms per step"] == "100.0"
+    assert row["passes to 0.200"] == "15 ± 7" and row["CPU s to it"] == "0.2 ± 0.1"
+    assert row["speed_ratio there"] == "0.85 ± 0.07"
+    assert dict(zip(head, dmd2, strict=True))["passes to 0.200"] == "80 ± 0"
+
+
+def test_a_target_that_a_seed_misses_is_counted() -> None:
+    missing = {**METHODS, SGMD: [METHODS[SGMD][0], curve(SGMD, 1, 10, [0.4, 0.3])]}
+    assert "10 (1 of 2)" in world_table("toy", missing)
+
+
+def test_the_advantage_is_the_passes_of_dmd2_over_those_to_its_last_score() -> None:
+    assert advantage(METHODS) == [8.0, 4.0]
+
+
+def test_one_value_has_no_spread() -> None:
+    assert spread([0.25], 2) == "0.25" and spread([1.0, 3.0], 1) == "2.0 ± 1.4"
+
+
+def test_the_report_is_written_as_json_table_and_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `science` is not installed")
+    Report("a command", {"toy": METHODS}).write(tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["command"] == "a command" and len(content["curves"]["toy"][SGMD]) == 2
+    assert (tmp_path / "tables.md").read_text().startswith("toy: 2 seeds")
+    assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
