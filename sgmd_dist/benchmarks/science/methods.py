@@ -6,7 +6,7 @@ from typing import Any
 
 from sgmd_dist.benchmarks.science.training import Method
 
-SGMD, DMD2 = "SGMD", "DMD2 5:1"
+SGMD, SGMD_FAST_FAKE, DMD2 = "SGMD", "SGMD, fake lr x 5", "DMD2 5:1"
 
 
 def _sgmd(name: str, *, lr_ratio: float = 1.0, leaks: bool = False, **keys: Any) -> Method:
@@ -24,7 +24,7 @@ METHODS = {
         _sgmd("SGMD fresh", inner_sample="fresh"),
         _sgmd("SGMD without NR", nr_weight=0.0),
         _sgmd("SGMD, fake lr x 1/5", lr_ratio=0.2),
-        _sgmd("SGMD, fake lr x 5", lr_ratio=5.0),
+        _sgmd(SGMD_FAST_FAKE, lr_ratio=5.0),
         _sgmd("SGMD, 2 fake updates", fake_updates=2),
         _sgmd("SGMD, 5 fake updates", fake_updates=5),
         _sgmd("SGMD with FSDP2's leak", leaks=True),
