@@ -28,10 +28,9 @@ VARIANTS = {
 }
 LAYOUTS = {
     "2 ranks, block": (2, ["parallel.activation_checkpointing=block", "parallel.reshard_after_forward=false"]),
-    "3 ranks, selective": (3, ["parallel.activation_checkpointing=selective", "data.global_batch_size=6"]),
     "dp_replicate 2 x dp_shard 2": (4, ["parallel.dp_replicate=2"]),
     "ulysses 2": (2, ["parallel.ulysses=2", "parallel.activation_checkpointing=block"]),
-    "ring 3": (3, ["parallel.ring=3"]),
+    "ring 3, selective": (3, ["parallel.ring=3", "parallel.activation_checkpointing=selective"]),
 }
 _references: dict[tuple[str, ...], State] = {}
 

@@ -54,7 +54,7 @@ def three_steps(name: str, *overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name, layout", [*(("sid", layout) for layout in LAYOUTS), ("sim", "2 ranks"), ("sim", "teacher on the host")]
+    "name, layout", [*(("sid", layout) for layout in LAYOUTS), ("sim", "2 ranks")]
 )
 def test_two_ranks_equal_one_plain_process(recipe_path: Path, name: str, layout: str) -> None:
     state = run_ranks(2, train, recipe_path, three_steps(name, *LAYOUTS[layout]))[0]

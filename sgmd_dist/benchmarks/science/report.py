@@ -134,6 +134,7 @@ def plot(world: str, methods: Mapping[str, Sequence[Curve]], path: Path) -> None
         (line,) = axes.plot(passes, [fmean(column) for column in values], label=name)
         axes.fill_between(passes, [*map(min, values)], [*map(max, values)], color=line.get_color(), alpha=0.12)
     axes.set(title=world, xlabel="network passes per sample", ylabel="sliced Wasserstein distance to the teacher")
-    axes.set_yscale("log")
+    if all(point.scores["swd"] > 0 for curves in methods.values() for curve in curves for point in curve.points):
+        axes.set_yscale("log")
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=110)

@@ -88,7 +88,9 @@ def run_jobs(jobs: Sequence[Job], workers: int, folder: Path | None) -> list[Cur
         world = world_of(name)
         world.teacher_samples(count or world.num_reference, REFERENCE_SEED)  # once, for all workers
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers' torch
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "sgmd_dist.benchmarks.science.tiny_wan"])  # imported once for all workers
+    with ProcessPoolExecutor(workers, context) as pool:
         futures = {pool.submit(run_job, job): job for job in missing}
         for number, future in enumerate(as_completed(futures), 1):
             job = futures[future]
@@ -178,7 +180,7 @@ def quick_study(world: str, num_seeds: int, methods: Sequence[str] | None = None
         UserError: there is no such method.
     """
     names = known(methods, (SGMD, DMD2) if world == "tiny_wan" else tuple(METHODS), "--methods")
-    budget = Budget(40, 1, 32, 64) if world == "tiny_wan" else Budget(150, 2, 256, 256)
+    budget = Budget(25, 1, 32, 64) if world == "tiny_wan" else Budget(100, 2, 256, 256)
     return Study(world, names, LEARNING_RATES[world][-2:-1], min(num_seeds, 2), 0, budget)
 
 
