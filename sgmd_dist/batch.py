@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sgmd_dist.rng import SampleId
 
@@ -49,3 +50,9 @@ class Batch:
             valid=self.valid.to(device, non_blocking=True),
             noise=None if self.noise is None else self.noise.to(device, non_blocking=True),
         )
+
+
+def padded(prompt_embeds: Tensor, tokens: int) -> Tensor:
+    """Prompt embeddings `[n_tokens, D]` cut or filled up with zeros to `[tokens, D]`, as a `Batch` holds them."""
+    prompt_embeds = prompt_embeds[:tokens]
+    return pad(prompt_embeds, (0, 0, 0, tokens - len(prompt_embeds)))

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sgmd_dist import rng
 from sgmd_dist.assemble import build_model, build_networks
+from sgmd_dist.batch import padded
 from sgmd_dist.data.captions import StoredCaptions
 from sgmd_dist.data.digest import content_digest
 from sgmd_dist.data.index import ShardIndex
@@ -203,7 +203,7 @@ class PairRows:
     def _integrate(self, teacher: Role, noise: Tensor, embeds: Sequence[Tensor]) -> Tensor:
         """The chain from `noise` `[B, C, F, H, W]` to x0 of that shape, float32 on the CPU."""
         tokens, device = self._recipe.model.text_tokens, self._mesh.device
-        text = torch.stack([pad(embed[:tokens], (0, 0, 0, max(tokens - len(embed), 0))) for embed in embeds])
+        text = torch.stack([padded(embed, tokens) for embed in embeds])
         mode: GuidanceMode = self._recipe.objective.model_dump()["guidance"]
         velocity = guided(teacher, text.to(device), self._negative, self._chain.guidance_scale, mode)
         return sample(velocity, noise.to(device).float(), self._chain.num_steps, self._chain.sigma_shift).cpu()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sgmd_dist import checkpoint, rng
 from sgmd_dist.assemble import Which, build_model, head_of, load_network, load_weights, lora_of
+from sgmd_dist.batch import padded
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.sources import captions_in
 from sgmd_dist.errors import UserError
@@ -110,13 +110,9 @@ def encode_prompts(recipe: Recipe, captions: Sequence[str]) -> Prompts:
         raise UserError("data.text_encoder: prompts need a text encoder; set it to a diffusers folder with one")
     encoder = TextEncoder.from_pretrained(folder)
     tokens = recipe.model.text_tokens
-    embeds = torch.stack([_padded(embed, tokens) for embed in encoder.encode(captions)])
-    return Prompts(list(captions), embeds, _padded(encoder.encode([NEGATIVE_PROMPT])[0], tokens)[None])
-
-
-def _padded(embed: Tensor, tokens: int) -> Tensor:
-    embed = embed[:tokens].to(torch.bfloat16)  # as shards store them
-    return pad(embed, (0, 0, 0, tokens - embed.shape[0]))
+    texts = [*encoder.encode(captions), *encoder.encode([NEGATIVE_PROMPT])]
+    embeds = torch.stack([padded(embed.bfloat16(), tokens) for embed in texts])  # as shards store them
+    return Prompts(list(captions), embeds[:-1], embeds[-1:])
 
 
 def sample_videos(

@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from sgmd_dist.batch import Batch
+from sgmd_dist.batch import Batch, padded
 from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.data.mixture import Mixture
 from sgmd_dist.data.plan import PLAN_VERSION, Cut, Past, Plan, choose
@@ -305,11 +305,7 @@ def batch_of(data: UnitData, index: ShardIndex, ids: Sequence[SampleId], negativ
 
 def negative_embeds(index: ShardIndex, text_tokens: int) -> Tensor:
     """The data set's negative prompt, cut or zero-padded: `[1, text_tokens, D]` bf16."""
-    embeds = index.negative_prompt()
-    fitted = embeds.new_zeros(1, text_tokens, embeds.shape[1])
-    count = min(text_tokens, embeds.shape[0])
-    fitted[0, :count] = embeds[:count]
-    return fitted
+    return padded(index.negative_prompt(), text_tokens)[None]
 
 
 def _is_count(value: object, least: int) -> bool:

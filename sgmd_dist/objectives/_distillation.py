@@ -117,7 +117,7 @@ class Distillation:
 
     def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:
         """The fake score's loss per sample `[B]` at the velocity that it predicts."""
-        raise NotImplementedError
+        return fake_score_loss(velocity, noise, x_g)
 
     def fake_losses(
         self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor, at: Renoised, update: int
@@ -273,6 +273,14 @@ class Distillation:
             teacher = self.teacher_velocity(roles, batch, state)(x_sigma, at.sigma, at.level)
         return flow.x0_from_velocity(x_sigma, teacher, at.sigma)
 
+    def generator_scores(
+        self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor
+    ) -> tuple[Renoised, Tensor, Tensor, Tensor]:
+        """The generator's sample renoised, the x0-predictions (fake, guided teacher) there, and n `[B]`."""
+        at = self.renoise([roles["fake_score"], roles["teacher"]], x_g, batch, state, "generator")
+        x0_fake, x0_teacher = self.scores(roles, batch, state, at)
+        return at, x0_fake, x0_teacher, teacher_distance(x_g, x0_teacher)
+
     def teacher_velocity(self, roles: Roles, batch: Batch, state: StepState) -> flow.Velocity:
         """The guided teacher as a function of (x, sigma, level)."""
         scale = self.section.guidance_scale.at(state.step)
@@ -297,6 +305,11 @@ def draw_noise(purpose: str, batch: Batch, state: StepState, *counters: int) -> 
 def teacher_distance(x_g: Tensor, x0_teacher: Tensor) -> Tensor:
     """n = mean |x_g - f_T| per sample, `[B]`, without gradient: the normalizer of DMD2 and SGMD."""
     return per_sample_mean((x_g.detach() - x0_teacher.detach()).abs())
+
+
+def fake_score_loss(velocity_fake: Tensor, noise: Tensor, x_g: Tensor) -> Tensor:
+    """Flow-matching loss of the fake score on generated samples, per sample: MSE(v_F, noise - sg x_g)."""
+    return per_sample_mean((velocity_fake - flow.velocity_target(x_g.detach(), noise)) ** 2)
 
 
 def score_metrics(x_g: Tensor, x0_fake: Tensor, x0_teacher: Tensor, normalizer: Tensor) -> dict[str, Tensor]:

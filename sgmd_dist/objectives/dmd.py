@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sgmd_dist import flow
 from sgmd_dist.batch import Batch
-from sgmd_dist.objectives._distillation import Distillation, DistillationSection, score_metrics, teacher_distance
+from sgmd_dist.objectives._distillation import Distillation, DistillationSection, score_metrics
 from sgmd_dist.objectives.base import Losses, Passes, StepState, pairs_of, per_sample_mean
-from sgmd_dist.objectives.dmd2 import dmd_gradient, dmd_loss, fake_score_loss
+from sgmd_dist.objectives.dmd2 import dmd_gradient, dmd_loss
 from sgmd_dist.roles import Roles
 from sgmd_dist.schedule import NonNegative, constant
 
@@ -64,9 +64,7 @@ class Dmd(Distillation):
 
     def generator_loss(self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor) -> Losses:
         with torch.no_grad():
-            at = self.renoise([roles["fake_score"], roles["teacher"]], x_g, batch, state, "generator")
-            x0_fake, x0_teacher = self.scores(roles, batch, state, at)
-            n = teacher_distance(x_g, x0_teacher)
+            _, x0_fake, x0_teacher, n = self.generator_scores(roles, batch, state, x_g)
             gradient = dmd_gradient(x0_fake, x0_teacher, n)
         loss = dmd_loss(x_g, gradient)
         metrics = {"generator/dmd": loss.detach(), **score_metrics(x_g, x0_fake, x0_teacher, n)}
@@ -76,9 +74,6 @@ class Dmd(Distillation):
             loss = loss + weight * regression
             metrics["generator/regression"] = regression.detach()
         return Losses(loss, metrics)
-
-    def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:
-        return fake_score_loss(velocity, noise, x_g)
 
     def _regression(self, roles: Roles, batch: Batch) -> Tensor:
         noise, x0_teacher = pairs_of(batch, self.needs_pairs)

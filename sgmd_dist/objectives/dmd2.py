@@ -83,11 +83,6 @@ def dmd_loss(x_g: Tensor, gradient: Tensor) -> Tensor:
     return per_sample_mean((x_g - (x_g - gradient).detach()) ** 2) / 2
 
 
-def fake_score_loss(velocity_fake: Tensor, noise: Tensor, x_g: Tensor) -> Tensor:
-    """Flow-matching loss of the fake score on generated samples, per sample: MSE(v_F, noise - sg x_g)."""
-    return per_sample_mean((velocity_fake - flow.velocity_target(x_g.detach(), noise)) ** 2)
-
-
 def gan_generator_loss(logit: Tensor) -> Tensor:
     """Non-saturating logistic loss of generated samples, -log D (DMD2, arXiv 2405.14867, section 4.3); `[B]` each."""
     return softplus(-logit)
@@ -142,9 +137,6 @@ class Dmd2(Distillation):
             loss = loss + weight * gan
             metrics["generator/gan"] = gan.detach()
         return Losses(loss, metrics)
-
-    def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:
-        return fake_score_loss(velocity, noise, x_g)
 
     def fake_losses(
         self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor, at: Renoised, update: int

@@ -23,7 +23,6 @@ from sgmd_dist.objectives._distillation import (
     DistillationSection,
     ExtraLoss,
     score_metrics,
-    teacher_distance,
 )
 from sgmd_dist.objectives.base import Losses, Passes, StepState, per_sample_mean
 from sgmd_dist.recipe import Section as RecipeSection
@@ -103,9 +102,7 @@ class Sgmd(Distillation):
     section: Section
 
     def generator_loss(self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor) -> Losses:
-        at = self.renoise([roles["fake_score"], roles["teacher"]], x_g, batch, state, "generator")
-        x0_fake, x0_teacher = self.scores(roles, batch, state, at)
-        n = teacher_distance(x_g, x0_teacher)
+        at, x0_fake, x0_teacher, n = self.generator_scores(roles, batch, state, x_g)
         fisher_weight, nr_weight = self.section.fisher_weight.at(state.step), self.section.nr_weight.at(state.step)
         if state.fused:
             weights = {"fisher_weight": fisher_weight, "nr_weight": nr_weight}

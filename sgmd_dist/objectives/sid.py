@@ -28,10 +28,8 @@ from sgmd_dist.objectives._distillation import (
     Distillation,
     DistillationSection,
     score_metrics,
-    teacher_distance,
 )
 from sgmd_dist.objectives.base import Losses, StepState, per_sample_mean
-from sgmd_dist.objectives.dmd2 import fake_score_loss
 from sgmd_dist.roles import Roles
 from sgmd_dist.schedule import NonNegative, constant
 
@@ -81,9 +79,7 @@ class Sid(Distillation):
     section: Section
 
     def generator_loss(self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor) -> Losses:
-        at = self.renoise([roles["fake_score"], roles["teacher"]], x_g, batch, state, "generator")
-        x0_fake, x0_teacher = self.scores(roles, batch, state, at)
-        n = teacher_distance(x_g, x0_teacher)
+        _, x0_fake, x0_teacher, n = self.generator_scores(roles, batch, state, x_g)
         fisher = fisher_term(x0_fake, x0_teacher, n)
         identity = identity_term(x_g, x0_fake, x0_teacher - x0_fake, n)
         loss = (1 - self.section.alpha.at(state.step)) * fisher + identity
@@ -93,6 +89,3 @@ class Sid(Distillation):
             **score_metrics(x_g, x0_fake, x0_teacher.detach(), n),
         }
         return Losses(loss, metrics)
-
-    def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:
-        return fake_score_loss(velocity, noise, x_g)

@@ -23,9 +23,8 @@ from typing import Literal
 from torch import Tensor
 
 from sgmd_dist.batch import Batch
-from sgmd_dist.objectives._distillation import Distillation, DistillationSection, score_metrics, teacher_distance
+from sgmd_dist.objectives._distillation import Distillation, DistillationSection, score_metrics
 from sgmd_dist.objectives.base import Losses, StepState, per_sample_mean
-from sgmd_dist.objectives.dmd2 import fake_score_loss
 from sgmd_dist.objectives.sid import fisher_term, identity_term
 from sgmd_dist.roles import Roles
 from sgmd_dist.schedule import Positive, constant
@@ -64,9 +63,7 @@ class Sim(Distillation):
     section: Section
 
     def generator_loss(self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor) -> Losses:
-        at = self.renoise([roles["fake_score"], roles["teacher"]], x_g, batch, state, "generator")
-        x0_fake, x0_teacher = self.scores(roles, batch, state, at)
-        n = teacher_distance(x_g, x0_teacher)
+        _, x0_fake, x0_teacher, n = self.generator_scores(roles, batch, state, x_g)
         difference, huber_c = x0_teacher - x0_fake, self.section.huber_c.at(state.step)
         identity, shrinkage = identity_term(x_g, x0_fake, difference, n), huber_shrinkage(difference, huber_c)
         metrics = {
@@ -76,6 +73,3 @@ class Sim(Distillation):
             **score_metrics(x_g, x0_fake, x0_teacher.detach(), n),
         }
         return Losses(shrinkage * identity, metrics)
-
-    def fake_loss(self, velocity: Tensor, noise: Tensor, x_g: Tensor, step: int) -> Tensor:
-        return fake_score_loss(velocity, noise, x_g)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damaging import flip_last_bytes
 from ranks import RankError, run_ranks
 from running import REPO, parameter_difference, train
 
@@ -24,15 +25,6 @@ from sgmd_dist.trainer import Trainer
 SMALL = ["data.global_batch_size=4", "data.micro_batch_size=2", "run.steps=3", "objective.inner_sample=reuse"]
 
 
-def damage(index: ShardIndex, sample: int) -> None:
-    """Flip the last byte of a sample."""
-    with open(index.paths[index.shard[sample]], "r+b") as file:
-        file.seek(int(index.offset[sample]) + int(index.size[sample]) - 1)
-        (last,) = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([last ^ 255]))
-
-
 @pytest.fixture
 def damaged(shards: Path, tmp_path: Path) -> str:
     """The override that names the world's shards with every fifth sample damaged."""
@@ -40,7 +32,7 @@ def damaged(shards: Path, tmp_path: Path) -> str:
     shutil.copytree(shards, folder)
     index = ShardIndex.open(folder)
     for sample in range(0, index.num_samples, 5):
-        damage(index, sample)
+        flip_last_bytes(index, sample)
     return f"data.shards={folder}"
 
 
@@ -86,7 +78,7 @@ def test_one_rank_that_cannot_read_ends_all_soon_and_says_what_once(recipe_path:
     folder = recipe_path.parent / "shards"
     shutil.copytree(shards, folder)
     index = ShardIndex.open(folder)
-    damage(index, 0)
+    flip_last_bytes(index, 0)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
         *(str(REPO / "launch/train.py"), str(recipe_path), f"data.shards={folder}", "run.steps=1000"),

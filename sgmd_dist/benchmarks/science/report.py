@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -103,8 +102,8 @@ def _reached(points: Sequence[Point], num_seeds: int, value: Callable[[Point], f
 
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and sample standard deviation."""
-    deviation = stdev(values) if len(values) > 1 else math.nan
-    return f"{fmean(values):.{digits}f} ± {deviation:.{digits}f}" if len(values) > 1 else f"{values[0]:.{digits}f}"
+    mean = f"{fmean(values):.{digits}f}"
+    return f"{mean} ± {stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def final_score(curves: Sequence[Curve]) -> float:

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import json
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -87,7 +86,6 @@ def run_jobs(jobs: Sequence[Job], workers: int, folder: Path | None) -> list[Cur
     for name, count in {(job.world, job.budget.num_reference) for job in missing}:
         world = world_of(name)
         world.teacher_samples(count or world.num_reference, REFERENCE_SEED)  # once, for all workers
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers' torch
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "sgmd_dist.benchmarks.science.tiny_wan"])  # imported once for all workers
     with ProcessPoolExecutor(workers, context) as pool:

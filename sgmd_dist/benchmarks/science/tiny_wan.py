@@ -5,19 +5,18 @@ The caption leaves position and speed open. The teacher's samples are made once 
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from sgmd_dist import flow, rng
-from sgmd_dist.batch import Batch
+from sgmd_dist import rng
+from sgmd_dist.batch import Batch, padded
 from sgmd_dist.benchmarks.science.base import REFERENCE_SEED
 from sgmd_dist.benchmarks.science.scores import energy_distance, root_mean_square, wasserstein_1d
+from sgmd_dist.data.digest import content_digest
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.world import World as MovingShapes
 from sgmd_dist.durable import write_durably
@@ -27,7 +26,7 @@ from sgmd_dist.models import wan
 from sgmd_dist.models.base import LatentShape, RunnableModel, VideoModel
 from sgmd_dist.motion import jitter, latent_motion, speed
 from sgmd_dist.rng import SampleId
-from sgmd_dist.rollout import guided
+from sgmd_dist.sampling import Prompts, sample_videos
 
 FOLDER = Path("recipes/tiny_wan")
 CACHE = Path("runs/science")
@@ -35,7 +34,6 @@ _TEXT_TOKENS = 8
 _TEACHER_STEPS = 30
 _FAST = 1.25  # pixels per frame: between the world's second and its fastest speed
 _SUBPIXELS = 4  # places of a shape per pixel and axis that a frame is held against
-_CHUNK = 32
 _NUM_SPLITS = 4
 _SHIFT = 6  # pixels between the places that a video is brought to
 
@@ -78,8 +76,7 @@ class TinyWan:
         """Padded prompt embeddings `[T, D]` by caption, rounded as shards hold them."""
         captions = [*self.world.captions(), NEGATIVE_PROMPT]
         embeds = TextEncoder.from_pretrained(FOLDER).encode(captions)
-        padded = [pad(e[:_TEXT_TOKENS], (0, 0, 0, _TEXT_TOKENS - len(e[:_TEXT_TOKENS]))) for e in embeds]
-        return {caption: e.bfloat16().float() for caption, e in zip(captions, padded, strict=True)}
+        return {c: padded(e.bfloat16().float(), _TEXT_TOKENS) for c, e in zip(captions, embeds, strict=True)}
 
     def networks(self) -> dict[str, tuple[nn.Module, RunnableModel]]:
         return {role: (self._network(), self.model) for role in ("teacher", "generator", "fake_score")}
@@ -111,7 +108,7 @@ class TinyWan:
         return embeds, self._embeds[NEGATIVE_PROMPT][None]
 
     def teacher_samples(self, count: int, seed: int) -> Tensor:
-        weights = hashlib.sha256(b"".join(w.numpy().tobytes() for w in self._weights.values())).hexdigest()[:12]
+        weights = content_digest([FOLDER])[:12]
         settings = f"{weights}-{self.guidance_scale:g}-{self.sigma_shift:g}-{_TEACHER_STEPS}-{count}-{seed}"
         path = CACHE / f"{self.name}-{settings}.safetensors"
         if not path.exists():
@@ -119,18 +116,15 @@ class TinyWan:
             write_durably(path, save({"latents": self._sample_teacher(count, seed)}))
         return load_file(path)["latents"]
 
-    @torch.no_grad()
     def _sample_teacher(self, count: int, seed: int) -> Tensor:
-        module, (embeds, negative) = self._network(), self.prompts(count)
-        sigmas = flow.sampling_sigmas(_TEACHER_STEPS, self.sigma_shift)
-        noise = torch.stack([rng.normal(self.latent_shape, seed, "teacher_sample", i) for i in range(count)])
+        module = self._network()
 
         def network(x: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float) -> Tensor:
             return self.model.velocity(module, x, sigma, prompt_embeds, level)
 
-        chunks = zip(noise.split(_CHUNK), embeds.split(_CHUNK), strict=True)
-        made = [flow.integrate(guided(network, e, negative, self.guidance_scale), x, sigmas) for x, e in chunks]
-        return torch.cat(made)
+        prompts = Prompts(self._captions(count), *self.prompts(count))
+        settings = {"num_steps": _TEACHER_STEPS, "shift": self.sigma_shift, "guidance_scale": self.guidance_scale}
+        return sample_videos(network, prompts, self.latent_shape, seed=seed, **settings)
 
     def score(self, samples: Tensor, reference: Tensor) -> dict[str, float]:
         """Scores of samples for `prompts(N)` against the guided teacher's, `[N, C, F, H, W]` both.

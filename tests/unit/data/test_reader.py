@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from reading import read_all
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from webdataset.writer import TarWriter
@@ -22,7 +23,7 @@ from sgmd_dist.data import worker as worker_module
 from sgmd_dist.data.buffers import BufferPool
 from sgmd_dist.data.format import CorruptSample, write_negative_prompt
 from sgmd_dist.data.index import ShardIndex, consolidate
-from sgmd_dist.data.reader import THREAD_NAME_PREFIX, Reader, UnitData, UnitRequest
+from sgmd_dist.data.reader import THREAD_NAME_PREFIX, Reader, UnitRequest
 from sgmd_dist.data.worker import Worker
 
 TEXT_TOKENS = 5  # the samples have 1 to 7 tokens: some are cut, some padded
@@ -41,16 +42,6 @@ def requests_of(index: ShardIndex, size: int, order: list[int] | None = None) ->
 
 def open_reader(index: ShardIndex, size: int = 2, order: list[int] | None = None, **options: int) -> Reader:
     return Reader(index, requests_of(index, size, order), micro_batch_size=size, text_tokens=TEXT_TOKENS, **options)
-
-
-def read_all(reader: Reader) -> list[UnitData]:
-    units = []
-    with reader:
-        while True:
-            try:
-                units.append(reader.next())
-            except StopIteration:
-                return units
 
 
 def fitted(embeds: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reading import read_all
 from torch import Tensor
 
 from sgmd_dist.data import reader as reader_module
 from sgmd_dist.data import worker as worker_module
 from sgmd_dist.data.index import ShardIndex
-from sgmd_dist.data.reader import Reader, UnitData, UnitRequest
+from sgmd_dist.data.reader import Reader, UnitRequest
 from sgmd_dist.data.worker import is_transient
 
 REPO = Path(__file__).parents[3]
@@ -36,16 +37,6 @@ def open_reader(index: ShardIndex, size: int = 1, **options: Any) -> Reader:
 def _requests(index: ShardIndex, size: int) -> Iterator[UnitRequest]:
     for unit, start in enumerate(range(0, index.num_samples, size)):
         yield UnitRequest(0, unit, 0, np.arange(start, min(start + size, index.num_samples)))
-
-
-def read_all(reader: Reader) -> list[UnitData]:
-    units = []
-    with reader:
-        while True:
-            try:
-                units.append(reader.next())
-            except StopIteration:
-                return units
 
 
 @pytest.fixture(autouse=True)

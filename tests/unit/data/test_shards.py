@@ -82,6 +82,13 @@ def test_the_index_points_at_the_safetensors_bytes(dataset: ShardIndex, samples:
         assert torch.equal(parse_safetensors(memoryview(data))["latents"], samples.latents_of(i))
 
 
+def test_the_tensors_begin_at_a_multiple_of_64_in_the_tar(dataset: ShardIndex) -> None:
+    for i in range(23):
+        data = dataset.paths[dataset.shard[i]].read_bytes()[dataset.offset[i] :][: dataset.size[i]]
+        start_of_data = 8 + int.from_bytes(data[:8], "little")
+        assert (dataset.offset[i] + start_of_data) % 64 == 0
+
+
 def test_writing_twice_gives_equal_bytes(tmp_path: Path, samples: SimpleNamespace) -> None:
     first, second = (samples.write_dataset(tmp_path / name) for name in ("a", "b"))
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from damaging import flip_last_bytes
 
 from sgmd_dist.batch import Batch
 from sgmd_dist.data.format import CorruptSample, write_negative_prompt
@@ -196,19 +197,10 @@ def test_batches_stay_what_they_were(two_buckets: ShardIndex, expected: list[Bat
 # ------------------------------------------------------------------------------------------------ errors
 
 
-def damage(index: ShardIndex, *victims: int) -> None:
-    for sample in victims:
-        with open(index.paths[index.shard[sample]], "r+b") as file:
-            file.seek(int(index.offset[sample]) + int(index.size[sample]) - 1)
-            (last,) = file.read(1)
-            file.seek(-1, 1)
-            file.write(bytes([last ^ 255]))
-
-
 def test_raise_names_the_sample_and_keeps_the_position(dataset: ShardIndex) -> None:
     with open_stream(dataset) as stream:
         whole = take(stream, 12)
-    damage(dataset, 12)
+    flip_last_bytes(dataset, 12)
     place = next(n for n, batch in enumerate(whole) if "s0012" in batch.keys)
     where = rf"shard-000002\.tar: sample 's0012' at offset {dataset.offset[12]}: crc32 is "
     with open_stream(dataset) as stream:
@@ -223,7 +215,7 @@ def test_raise_names_the_sample_and_keeps_the_position(dataset: ShardIndex) -> N
 def test_skip_delivers_the_position_as_zeros_without_weight(dataset: ShardIndex, num_threads: int) -> None:
     with open_stream(dataset) as stream:
         whole = take(stream, 24)
-    damage(dataset, 12, 3)
+    flip_last_bytes(dataset, 12, 3)
     with open_stream(dataset, on_error="skip", max_skips=4, num_threads=num_threads) as stream:
         skipping = take(stream, 24)  # two epochs
         assert stream.skipped == stream.state_dict()["skipped"] == 4
@@ -238,7 +230,7 @@ def test_skip_delivers_the_position_as_zeros_without_weight(dataset: ShardIndex,
 
 
 def test_skips_are_bounded_and_counted_over_restarts(dataset: ShardIndex) -> None:
-    damage(dataset, 12, 3)
+    flip_last_bytes(dataset, 12, 3)
     with open_stream(dataset, on_error="skip", max_skips=2) as stream:
         take(stream, 12)
         state = stream.state_dict()
@@ -253,7 +245,7 @@ def test_skips_are_bounded_and_counted_over_restarts(dataset: ShardIndex) -> Non
 
 
 def test_loading_a_position_clears_an_error(dataset: ShardIndex) -> None:
-    damage(dataset, 12)
+    flip_last_bytes(dataset, 12)
     with open_stream(dataset) as stream:
         start = stream.state_dict()
         with pytest.raises(CorruptSample):

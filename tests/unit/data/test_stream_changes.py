@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from damaging import flip_last_bytes
 from loguru import logger
 
 from sgmd_dist.batch import Batch
@@ -198,16 +199,8 @@ def test_a_finite_pass_is_valid_once_for_each_sample(
             assert torch.equal(batch.latents[row], samples.latents_of(int(key[1:]), bucket))
 
 
-def damage(index: ShardIndex, sample: int) -> None:
-    with open(index.paths[index.shard[sample]], "r+b") as file:
-        file.seek(int(index.offset[sample]) + int(index.size[sample]) - 1)
-        (last,) = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([last ^ 255]))
-
-
 def test_a_finite_pass_names_or_leaves_out_what_it_cannot_read(dataset: ShardIndex) -> None:
-    damage(dataset, 22)  # the last: padding repeats it
+    flip_last_bytes(dataset, 22)  # the last: padding repeats it
     options: dict[str, Any] = {"micro_batch_size": 4, "text_tokens": 5, "dp_size": 4}
     with pytest.raises(CorruptSample, match=r"sample 's0022' at offset \d+: crc32"):
         list(evaluation_pass(dataset, dp_rank=1, **options))
@@ -221,7 +214,7 @@ def test_a_finite_pass_names_or_leaves_out_what_it_cannot_read(dataset: ShardInd
 
 def test_shared_skips_are_left_to_the_caller(dataset: ShardIndex) -> None:
     for sample in (3, 12):
-        damage(dataset, sample)
+        flip_last_bytes(dataset, sample)
     with open_stream(dataset, on_error="skip", max_skips=4, skips_are_shared=True) as stream:
         for _ in range(12):
             stream.next()

@@ -172,3 +172,17 @@ def naive_generator_loss(world: World, name: str, x_g: Tensor) -> Tensor:
     fisher = mean(0.5 * (fake - teacher) ** 2) / n
     nr = mean(0.5 * (fake - x_g.detach()) ** 2) / sigma
     return 0.7 * fisher - 0.1 * nr
+
+
+def assert_generator_phase_is_written_out(world: World, objective: Distillation, name: str, step: int) -> None:
+    """Loss, gradient and number of calls of the generator's phase, against the naive re-statements."""
+    world.state.step = step
+    exit_index = objective.exit_index(world.state, "rollout")
+    losses = world.run(objective.phases(step)[0])
+    x_g = naive_rollout(world, rng.sample_normal(SHAPE, 7, "rollout", world.batch.ids, device="cpu"), exit_index)
+    naive = naive_generator_loss(world, name, x_g)
+    torch.testing.assert_close(losses.per_sample, naive, atol=0, rtol=1e-6)
+    ours, theirs = (torch.autograd.grad(loss.mean(), world.generator.weight)[0] for loss in (losses.per_sample, naive))
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-5)
+    assert world.counts() == {"teacher": 1, "generator": exit_index + 1, "fake_score": 1}
+    assert world.generator.graph == [False] * exit_index + [True], "a gradient at the exit step alone"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgmd_dist.objectives import dmd2, flow_matching, sgmd, sid, sim
-from sgmd_dist.objectives._distillation import score_metrics, teacher_distance
+from sgmd_dist.objectives._distillation import fake_score_loss, score_metrics, teacher_distance
 from sgmd_dist.objectives.base import per_sample_mean
 
 SHAPE = (3, 2, 2, 3, 2)  # [B, C, F, H, W]
@@ -142,7 +142,7 @@ def test_dmd() -> None:
 def test_fake_score_loss_of_dmd2_has_no_half() -> None:
     v_fake, noise, x_g = tensors(3)
     naive = loop(lambda i: (v_fake[i] - (noise[i] - x_g[i].detach())) ** 2)
-    assert_same(dmd2.fake_score_loss(v_fake, noise, x_g), naive, [v_fake], [x_g])
+    assert_same(fake_score_loss(v_fake, noise, x_g), naive, [v_fake], [x_g])
 
 
 def test_sids_terms() -> None:
@@ -182,7 +182,7 @@ def test_a_sample_does_not_feel_its_neighbours_in_the_batch() -> None:
             sgmd.nr_loss(changed, x_g, sigma)[1],
             sgmd.rc_loss(changed, noise, x_g)[1],
             dmd2.dmd_loss(changed, dmd2.dmd_gradient(changed.detach(), f_teacher, n))[1],
-            dmd2.fake_score_loss(changed, noise, x_g)[1],
+            fake_score_loss(changed, noise, x_g)[1],
             sid.fisher_term(changed, f_teacher, n)[1],
             sid.identity_term(x_g, changed, f_teacher - changed, n)[1],
             sim.huber_shrinkage(changed, 0.3)[1],

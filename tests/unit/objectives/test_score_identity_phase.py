@@ -9,17 +9,14 @@ from typing import Any
 import pytest
 import torch
 from distillation_world import (
-    SHAPE,
     World,
+    assert_generator_phase_is_written_out,
     make_batch,
     make_dmd2,
     make_sid,
     make_sim,
-    naive_generator_loss,
-    naive_rollout,
 )
 
-from sgmd_dist import rng
 from sgmd_dist.objectives._distillation import Distillation
 
 # `naive_generator_loss` is written for these.
@@ -42,15 +39,7 @@ def world() -> World:
 @pytest.mark.parametrize("step", range(4))
 def test_generator_phase_is_the_method_written_out(world: World, name: str, step: int) -> None:
     objective = MAKE[name]()
-    world.state.step = step
-    exit_index = objective.exit_index(world.state, "rollout")
-    losses = world.run(objective.phases(step)[0])
-    x_g = naive_rollout(world, rng.sample_normal(SHAPE, 7, "rollout", world.batch.ids, device="cpu"), exit_index)
-    naive = naive_generator_loss(world, name, x_g)
-    torch.testing.assert_close(losses.per_sample, naive, atol=0, rtol=1e-6)
-    ours, theirs = (torch.autograd.grad(loss.mean(), world.generator.weight)[0] for loss in (losses.per_sample, naive))
-    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-5)
-    assert world.counts() == {"teacher": 1, "generator": exit_index + 1, "fake_score": 1}
+    assert_generator_phase_is_written_out(world, objective, name, step)
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from starts import untrained_samples
 from torch import Tensor
 
-from sgmd_dist import rng
 from sgmd_dist.benchmarks.science import base, ring, scores
 from sgmd_dist.benchmarks.science.exact import MixtureWorld
-from sgmd_dist.rollout import sample
 
 COUNT = 2048
 
@@ -61,11 +60,7 @@ def test_guidance_prefers_inner_modes_and_loses_none(world: MixtureWorld) -> Non
 def test_the_start_of_training_is_far_from_the_teacher(world: MixtureWorld) -> None:
     """Four steps of the teacher without guidance end between the modes."""
     reference, own = world.teacher_samples(COUNT, 0), world.teacher_samples(COUNT, 1)
-    embeds, _ = world.prompts(COUNT)
-    noise = rng.normal((COUNT, *world.latent_shape), 2, "start")
-    module, model = world.networks()["generator"]
-    start = sample(lambda x, s, level: model.velocity(module, x, s, embeds), noise, 4, world.sigma_shift)
-    before, best = world.score(start, reference), world.score(own, reference)
+    before, best = world.score(untrained_samples(world, COUNT), reference), world.score(own, reference)
     assert before["swd"] > 3 * best["swd"] and before["energy_distance"] > 10 * abs(best["energy_distance"])
     assert before["precision"] < 0.95 and best["precision"] > 0.97 and best["mode_coverage"] == 1
 

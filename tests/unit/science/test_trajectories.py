@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from starts import untrained_samples
 from torch import Tensor
 
-from sgmd_dist import rng
 from sgmd_dist.benchmarks.science import base, scores, trajectories
-from sgmd_dist.rollout import sample
 
 COUNT = 2048
 
@@ -63,11 +62,7 @@ def test_guidance_makes_tracks_faster_and_loses_no_mode(world: trajectories.Traj
 def test_the_start_of_training_is_far_from_the_teacher(world: trajectories.Trajectories) -> None:
     """Four steps of the teacher without guidance: slow, and smoother than real tracks."""
     reference, own = world.teacher_samples(COUNT, 0), world.teacher_samples(COUNT, 1)
-    embeds, _ = world.prompts(COUNT)
-    noise = rng.normal((COUNT, *world.latent_shape), 2, "start")
-    module, model = world.networks()["generator"]
-    start = sample(lambda x, s, level: model.velocity(module, x, s, embeds), noise, 4, world.sigma_shift)
-    before, best = world.score(start, reference), world.score(own, reference)
+    before, best = world.score(untrained_samples(world, COUNT), reference), world.score(own, reference)
     assert before["swd"] > 4 * best["swd"]
     assert before["speed_ratio"] < 0.8 and before["fast_ratio"] < 0.5 and before["jitter_ratio"] < 0.5
     assert before["speed_distance"] > 5 * best["speed_distance"]
