@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,31 +53,52 @@ def run(command: str) -> Done:
 
 
 def run_forked(command: str) -> Done:
-    """`run` for `python launch/NAME.py ...` without the seconds in which Python imports torch, transformers and so on.
+    """`run` for `python launch/NAME.py ...` and `torchrun --nproc-per-node=N launch/NAME.py ...` without the seconds in
+    which each process imports torch, transformers and so on.
 
     Raises:
         TimeoutError: it did not end within `TIMEOUT_S`; it was killed.
     """
-    python, *arguments = shlex.split(command)
-    assert python == "python" and arguments[0].startswith("launch/"), f"to be run by run(): {command}"
+    program, *arguments = shlex.split(command)
+    num_ranks = int(arguments.pop(0).removeprefix("--nproc-per-node=")) if program == "torchrun" else None
+    assert program in ("python", "torchrun") and arguments[0].startswith("launch/"), f"to be run by run(): {command}"
     with tempfile.NamedTemporaryFile(mode="r") as output:
-        process = context.Process(target=_launch, args=(output.name, arguments))
-        process.start()
-        process.join(TIMEOUT_S)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+        processes = [
+            context.Process(target=_launch, args=(output.name, arguments, launcher))
+            for launcher in _launchers(num_ranks)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + TIMEOUT_S
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        if any(process.exitcode is None for process in processes):
+            for process in processes:
+                process.kill()
+                process.join()
             raise TimeoutError(f"{command}: no end within {TIMEOUT_S} s\n{output.read()}")
-        return Done(process.exitcode, output.read())
+        return Done(max((process.exitcode or 0 for process in processes), key=abs), output.read())
 
 
-def _launch(output: str, arguments: list[str]) -> None:
+def _launchers(num_ranks: int | None) -> list[dict[str, str]]:
+    """What torchrun sets for each rank; of `python` nothing is set."""
+    if num_ranks is None:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(num_ranks)]
+
+
+def _launch(output: str, arguments: list[str], launcher: dict[str, str]) -> None:
     keep_what_was_imported()
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     for name in (*OF_THE_TEST_RUN, *LAUNCHER_VARIABLES):
         os.environ.pop(name, None)
+    os.environ.update(launcher)
     os.chdir(REPO)
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")

@@ -36,6 +36,7 @@ SHORTER = {
     LORA: "run.steps=2",
     TEACHER: "run.dir={runs}/tiny_teacher run.steps=2",
 }
+STARTED_BY_MAKE_DEMO = {("torchrun", "launch/train.py"), ("python", "launch/evaluate.py")}
 NOT_RUN = {
     "make test": "runs this test",
     "make install": "has run",
@@ -60,14 +61,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def journey(runs: Path) -> dict[str, Done]:
     """All commands in the README's order, with what became of them; forked where another shows that it starts alone."""
-    done, started = {}, set()
+    done, started = {}, set(STARTED_BY_MAKE_DEMO)
     for command in readme_commands():
         if not any(command.startswith(prefix) for prefix in NOT_RUN):
             shorter = SHORTER.get(command, "").replace("{runs}", str(runs))
-            begin = command.split()[:2]
-            again = begin[1].startswith("launch/") and begin[1] in started
+            launch = re.match(r"(python|torchrun).*? (launch/\w+\.py)", command)
+            again = launch is not None and launch.groups() in started
             done[command] = (run_forked if again else run)(f"{command.replace('runs/', f'{runs}/')} {shorter}")
-            started.add(begin[1])
+            started |= {launch.groups()} if launch else set()
     return done
 
 
