@@ -35,11 +35,24 @@ def velocity(latents: Tensor) -> Tensor:
     return torch.stack([_phase_velocity(energy.sum(dim=2)), _phase_velocity(energy.sum(dim=3))], dim=1)
 
 
+def place(images: Tensor) -> Tensor:
+    """Where the thing in each image `[N, C, H, W]` is: (x, y) in pixels, `[N, 2]` float64; see `velocity`."""
+    energy = images.double().square().sum(dim=1)  # [N, H, W]
+    profiles = (energy.sum(dim=1), energy.sum(dim=2))
+    return torch.stack([torch.angle(_phasor(x)) * x.shape[-1] / (2 * math.pi) for x in profiles], dim=1)
+
+
+def _phasor(profile: Tensor) -> Tensor:
+    """The first Fourier harmonic over the last axis of energy profiles `[..., size]`, complex `[...]`."""
+    size = profile.shape[-1]
+    angles = torch.arange(size, dtype=profile.dtype, device=profile.device) * (2 * math.pi / size)
+    return (profile * torch.exp(1j * angles)).sum(dim=-1)
+
+
 def _phase_velocity(profile: Tensor) -> Tensor:
     """Pixels per frame `[N]` from energy profiles `[N, F, size]` along one axis."""
     size = profile.shape[-1]
-    angles = torch.arange(size, dtype=profile.dtype, device=profile.device) * (2 * math.pi / size)
-    phasor = (profile * torch.exp(1j * angles)).sum(dim=-1)  # [N, F]
+    phasor = _phasor(profile)  # [N, F]
     turns = (phasor[:, 1:] * phasor[:, :-1].conj()).sum(dim=1)
     return torch.angle(turns) * size / (2 * math.pi)
 

@@ -18,15 +18,23 @@ def root_mean_square(values: Sequence[float]) -> float:
     return math.sqrt(sum(value**2 for value in values) / len(values))
 
 
-def energy_distance(a: Tensor, b: Tensor) -> float:
+def energy_distance(a: Tensor, b: Tensor, within_b: float | None = None) -> float:
     """Squared energy distance 2 E|A - B| - E|A - A'| - E|B - B'| of sets `[N, D]` and `[M, D]` (Székely, Rizzo 2013).
 
     The unbiased U-statistic: pairs of a sample with itself are left out, so that two sets of one distribution have
     the mean 0, and single values may be negative.
+
+    Args:
+        within_b: `mean_distance(b)`, where it is known.
     """
-    a, b = a.double(), b.double()
-    within = [_sum_of_distances(x, x) / (len(x) * (len(x) - 1)) for x in (a, b)]
-    return 2 * _sum_of_distances(a, b) / (len(a) * len(b)) - sum(within)
+    within = mean_distance(a) + (mean_distance(b) if within_b is None else within_b)
+    return 2 * _sum_of_distances(a.double(), b.double()) / (len(a) * len(b)) - within
+
+
+def mean_distance(x: Tensor) -> float:
+    """Between two different samples of a set `[N, D]`."""
+    x = x.double()
+    return _sum_of_distances(x, x) / (len(x) * (len(x) - 1))
 
 
 def _sum_of_distances(a: Tensor, b: Tensor) -> float:

@@ -5,17 +5,18 @@ The caption leaves position and speed open. The teacher's samples are made once 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from sgmd_dist import rng
 from sgmd_dist.batch import Batch, padded
 from sgmd_dist.benchmarks.science.base import REFERENCE_SEED
-from sgmd_dist.benchmarks.science.scores import energy_distance, root_mean_square, wasserstein_1d
+from sgmd_dist.benchmarks.science.scores import energy_distance, mean_distance, root_mean_square, wasserstein_1d
 from sgmd_dist.data.digest import content_digest
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.world import World as MovingShapes
@@ -24,7 +25,7 @@ from sgmd_dist.errors import UserError
 from sgmd_dist.evaluation import sliced_wasserstein
 from sgmd_dist.models import wan
 from sgmd_dist.models.base import LatentShape, RunnableModel, VideoModel
-from sgmd_dist.motion import jitter, latent_motion, speed
+from sgmd_dist.motion import jitter, latent_motion, place, speed
 from sgmd_dist.rng import SampleId
 from sgmd_dist.sampling import Prompts, sample_videos
 
@@ -35,7 +36,6 @@ _TEACHER_STEPS = 30
 _FAST = 1.25  # pixels per frame: between the world's second and its fastest speed
 _SUBPIXELS = 4  # places of a shape per pixel and axis that a frame is held against
 _NUM_SPLITS = 4
-_SHIFT = 6  # pixels between the places that a video is brought to
 
 
 def build() -> TinyWan:
@@ -47,6 +47,15 @@ def build() -> TinyWan:
     if not FOLDER.is_dir():
         raise UserError(f"{FOLDER}: not found; run the benchmark from the root of the repository")
     return TinyWan()
+
+
+@dataclass(frozen=True)
+class _Floor:
+    """How far teacher samples are from others, centred; `mean_distance`: between two of the reference."""
+
+    swd: float
+    energy_distance: float
+    mean_distance: float
 
 
 class TinyWan:
@@ -62,7 +71,7 @@ class TinyWan:
     def __init__(self) -> None:
         self.world = MovingShapes()
         self.latent_shape: LatentShape = self.world.latent_shape
-        self._floors: dict[tuple[int, int], float] = {}
+        self._floors: dict[tuple[int, int], _Floor] = {}
         self.model: VideoModel = wan.build(
             wan.Section(compute_dtype="float32", text_tokens=_TEXT_TOKENS, boundary_ratio=None), str(FOLDER), "FOLDER"
         )
@@ -129,18 +138,18 @@ class TinyWan:
     def score(self, samples: Tensor, reference: Tensor) -> dict[str, float]:
         """Scores of samples for `prompts(N)` against the guided teacher's, `[N, C, F, H, W]` both.
 
-        swd: the sliced Wasserstein distance of the videos, each at several places of the torus, above that of teacher
-        samples, as the root of the difference of squares: a few hundred videos are far from others of their own
-        distribution. It does not see where on the torus the videos are; energy_distance does. motion_ratio,
-        speed_ratio, jitter_ratio: means over the reference's. speed_distance: 1-Wasserstein distance of the speeds, in
-        pixels per frame. fast_ratio: share of videos of the fastest mode over the reference's. shape_error: see
-        `shape_error`.
+        swd, energy_distance: of the centred videos, above the distance of teacher samples (of swd the root of the
+        difference of squares), as a few hundred videos are far from others of their own distribution. Neither sees
+        whether a video is its prompt's; shape_error does. motion_ratio, speed_ratio, jitter_ratio: means over the
+        reference's. speed_distance: 1-Wasserstein distance of the speeds, in pixels per frame. fast_ratio: share of
+        videos of the fastest mode over the reference's.
         """
         speeds, wanted = speed(samples), speed(reference)
-        excess = _distance(samples, reference) ** 2 - self._floor(len(samples), len(reference)) ** 2
+        floor = self._floor(len(samples), len(reference))
+        sets = centred(samples).flatten(1), centred(reference).flatten(1)
         return {
-            "swd": max(excess, 0.0) ** 0.5,
-            "energy_distance": energy_distance(samples.flatten(1), reference.flatten(1)),
+            "swd": max(sliced_wasserstein(*sets) ** 2 - floor.swd**2, 0.0) ** 0.5,
+            "energy_distance": energy_distance(*sets, floor.mean_distance) - floor.energy_distance,
             "motion_ratio": float(latent_motion(samples).mean() / latent_motion(reference).mean()),
             "speed_ratio": float(speeds.mean() / wanted.mean()),
             "speed_distance": wasserstein_1d(speeds, wanted),
@@ -149,29 +158,33 @@ class TinyWan:
             "shape_error": float(shape_error(samples, self._captions(len(samples))).mean()),
         }
 
-    def _floor(self, count: int, num_reference: int) -> float:
-        """The sliced Wasserstein distance of `count` teacher samples to others, over random splits of the reference.
+    def _floor(self, count: int, num_reference: int) -> _Floor:
+        """The distances of `count` teacher samples to `num_reference` others.
 
-        Its square is a sum of both sets' parts, inverse to their sizes, by which it is brought to the reference's size.
+        Measured between parts of the reference, every caption equally often in each. The square of swd, and the
+        energy distance, which is below 0 because captions take turns, are sums of both sets' parts, inverse to their
+        sizes.
         """
         if (count, num_reference) not in self._floors:
-            pool = self.teacher_samples(num_reference, REFERENCE_SEED)
-            orders = (rng.permutation(num_reference, 0, "science/floor", split) for split in range(_NUM_SPLITS))
-            found = [_distance(pool[order[:count]], pool[order[count:]]) for order in orders]
+            pool = centred(self.teacher_samples(num_reference, REFERENCE_SEED)).flatten(1)
+            distances, energies = [], []
+            for begin in range(0, num_reference - count + 1, count)[:_NUM_SPLITS]:
+                part, rest = pool[begin : begin + count], torch.cat([pool[:begin], pool[begin + count :]])
+                distances.append(sliced_wasserstein(part, rest))
+                energies.append(energy_distance(part, rest))
             scale = (1 / count + 1 / num_reference) / (1 / count + 1 / (num_reference - count))
-            self._floors[count, num_reference] = root_mean_square(found) * scale**0.5
+            floor = _Floor(root_mean_square(distances) * scale**0.5, fmean(energies) * scale, mean_distance(pool))
+            self._floors[count, num_reference] = floor
         return self._floors[count, num_reference]
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    return sliced_wasserstein(_everywhere(a), _everywhere(b))
+def centred(latents: Tensor) -> Tensor:
+    """Videos `[N, C, F, H, W]` shifted by whole pixels on the torus: the first frame's thing is in the corner.
 
-
-def _everywhere(latents: Tensor) -> Tensor:
-    """Every video at a grid of places of the torus: `[N, C, F, H, W]` to `[P N, C, F, H, W]`."""
-    height, width = latents.shape[3:]
-    places = [(y, x) for y in range(0, height, _SHIFT) for x in range(0, width, _SHIFT)]
-    return torch.cat([latents.roll(place, (3, 4)) for place in places])
+    Where it is is uniform and says nothing, and would make any few hundred videos look far from others.
+    """
+    places = place(latents[:, :, 0]).round().long()
+    return torch.stack([video.roll((-y, -x), (2, 3)) for video, (x, y) in zip(latents, places.tolist(), strict=True)])
 
 
 def shape_error(samples: Tensor, captions: list[str]) -> Tensor:
