@@ -8,6 +8,8 @@ the CPU, so that a laptop and a GPU cluster see the same noise and a resumed run
 from __future__ import annotations
 
 import hashlib
+import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -57,6 +59,19 @@ def uniform(seed: int, purpose: str, *counters: int) -> float:
 def integer(high: int, seed: int, purpose: str, *counters: int) -> int:
     """An integer draw from {0, ..., high - 1}."""
     return (key(seed, purpose, *counters) * high) >> 64
+
+
+def choice(weights: Sequence[float], seed: int, purpose: str, *counters: int) -> int:
+    """An integer draw from {0, ..., len(weights) - 1}, each as probable as its weight is large, never one of weight 0.
+
+    Raises:
+        ValueError: the weights' sum is not above 0.
+    """
+    reached = list(itertools.accumulate(weights))
+    if not reached or reached[-1] <= 0:
+        raise ValueError(f"rng.choice: weights {list(weights)}: expected a sum above 0")
+    place = bisect_right(reached, uniform(seed, purpose, *counters) * reached[-1])
+    return min(place, bisect_left(reached, reached[-1]))  # rounding may reach the sum itself
 
 
 def permutation(size: int, seed: int, purpose: str, *counters: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -33,6 +33,8 @@ class DistillationSection(ObjectiveSection):
     rollout: how samples come about: `euler` steps, `renoise` between steps, or `data`: real latents noised to
         the exit step (no rollout; needs shards with latents).
     exit_draw: `independent` draws per exit group, or `stratified`: the groups share out the steps of the chain.
+    exit_weights: how often independent draws exit at each of the `student_steps` steps, up to a factor; None: all
+        equally often.
     sigma_min, sigma_max: clamp of the renoising levels, drawn with the same time shift.
     fake_updates: fake-score updates after each generator update.
     inner_sample: `fresh` rolls out new samples for each fake update; `reuse` takes the generator phase's.
@@ -44,6 +46,7 @@ class DistillationSection(ObjectiveSection):
     sigma_shift: float = Field(5.0, gt=0)
     rollout: Literal["euler", "renoise", "data"] = "euler"
     exit_draw: Literal["independent", "stratified"] = "independent"
+    exit_weights: list[Annotated[float, Field(ge=0)]] | None = None
     sigma_min: UnitInterval = constant(0.02)
     sigma_max: UnitInterval = constant(0.98)
     fake_updates: AtLeastOne = constant(1)
@@ -65,6 +68,23 @@ class DistillationSection(ObjectiveSection):
             raise wrong(
                 f"exit_draw = stratified, exit_groups = {self.exit_groups}: expected at least {self.max_exits()}"
                 " groups, one for each step at which a rollout may exit; or set exit_draw to independent"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_exit(self) -> DistillationSection:
+        weights = self.exit_weights
+        if weights is None:
+            return self
+        if len(weights) != self.student_steps or weights[-1] == 0:
+            raise wrong(
+                f"exit_weights = {weights}: expected {self.student_steps} numbers, one for each of student_steps, the"
+                " last above 0, since samples leave the chain there"
+            )
+        if self.exit_draw == "stratified":
+            raise wrong(
+                f"exit_weights = {weights}, exit_draw = stratified: shared-out exits are all as frequent; set exit_draw"
+                " to independent or remove exit_weights"
             )
         return self
 
@@ -157,13 +177,24 @@ class Distillation:
         """Of `_rollout`: steps without a graph up to the exit, and the exit's pass with `gradient`."""
         if self.section.rollout == "data":
             return (Passes("generator", gradient),)
-        exits = range(self.min_exit(step), self.section.student_steps)
+        weights = self._exit_weights(step)
+        exits = range(self.section.student_steps)
         before = [max(index - first_is_known, 0) for index in exits]
         at_exit = [0 if index == 0 and first_is_known else 1 for index in exits]
+
+        def mean(counts: list[int]) -> float:
+            return sum(w * count for w, count in zip(weights, counts, strict=True)) / sum(weights)
+
         return (
-            Passes("generator", "none", sum(before) / len(exits), max(before)),
-            Passes("generator", gradient, sum(at_exit) / len(exits), max(at_exit)),
+            Passes("generator", "none", mean(before), before[-1]),
+            Passes("generator", gradient, mean(at_exit), at_exit[-1]),
         )
+
+    def _exit_weights(self, step: int) -> list[float]:
+        """How often a rollout exits at each step of the chain, up to a factor; 0 below `min_exit`."""
+        weights = self.section.exit_weights or [1.0] * self.section.student_steps
+        first = self.min_exit(step)
+        return [0.0] * first + weights[first:]
 
     def teacher_passes(self, step: int, evaluations: int = 1, gradient: Gradient = "none") -> tuple[Passes, ...]:
         """So many evaluations of `teacher_velocity`."""
@@ -229,7 +260,10 @@ class Distillation:
         first, group = self.min_exit(state.step), state.group(section.exit_groups)
         choices = section.student_steps - first
         if section.exit_draw == "independent":
-            return first + rng.integer(choices, state.seed, f"{purpose}/exit", state.step, group, update)
+            counters = (state.seed, f"{purpose}/exit", state.step, group, update)
+            if section.exit_weights is not None:
+                return rng.choice(self._exit_weights(state.step), *counters)
+            return first + rng.integer(choices, *counters)
         round_number, place = divmod(group, choices)
         order = rng.permutation(choices, state.seed, f"{purpose}/exit", state.step, round_number, update)
         return first + order[place]

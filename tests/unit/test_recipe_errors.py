@@ -295,6 +295,16 @@ def test_a_longer_circle_is_shown_whole():
             " a rollout may exit; or set exit_draw to independent",
         ),
         (
+            "objective.exit_weights=[1,1,2]",
+            "objective: exit_weights = [1.0, 1.0, 2.0]: expected 4 numbers, one for each of student_steps, the"
+            " last above 0, since samples leave the chain there",
+        ),
+        (
+            "objective.exit_weights=[1,1,2,0]",
+            "objective: exit_weights = [1.0, 1.0, 2.0, 0.0]: expected 4 numbers, one for each of student_steps, the"
+            " last above 0, since samples leave the chain there",
+        ),
+        (
             "model.config.in_channels=48",
             "model.config: in_channels = 48, out_channels = 16: expected equal numbers: the velocity has the shape of"
             " the latents",

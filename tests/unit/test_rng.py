@@ -109,6 +109,24 @@ def test_integer_covers_its_range_evenly(high: int) -> None:
     assert ((counts - 8000 / high) ** 2 / (8000 / high)).sum() < high + 4.5 * math.sqrt(2 * high) + 5
 
 
+def test_choice_follows_its_weights_and_never_takes_one_of_0() -> None:
+    counts = np.bincount([rng.choice([1.0, 0.0, 2.0, 5.0, 0.0], 3, "exit", step) for step in range(4000)], minlength=5)
+    assert counts / 4000 == pytest.approx([1 / 8, 0, 2 / 8, 5 / 8, 0], abs=0.03)
+    assert [rng.choice([1.0, 2.0, 3.0, 4.0], 1, "rollout/exit", step) for step in range(8)] == [1, 2, 2, 3, 3, 2, 0, 3]
+
+
+def test_choice_keeps_to_positive_weights_where_a_draw_is_rounded_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rng, "key", lambda *_: (1 << 64) - 1)
+    assert rng.choice([1.0, 1e-30, 0.0], 0, "exit") == 0, "1 + 1e-30 is 1"
+    assert rng.choice([0.1, 0.2, 0.7, 0.0], 0, "exit") == 2
+
+
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0]])
+def test_choice_of_nothing_is_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected a sum above 0"):
+        rng.choice(weights, 0, "exit")
+
+
 def test_permutation_is_one_and_every_order_occurs() -> None:
     assert rng.permutation(0, 0, "p") == [] and rng.permutation(1, 0, "p") == [0]
     assert sorted(rng.permutation(100, 0, "p", 3)) == list(range(100))

@@ -94,6 +94,17 @@ def test_exit_index_covers_its_domain_evenly(keys: dict[str, Any], domain: set[i
     assert all(count == pytest.approx(1200 / len(domain), rel=0.2) for count in counts.values())
 
 
+@pytest.mark.parametrize("keys, shares", [({}, [0.1, 0.2, 0.3, 0.4]), (DIVERSE, [0, 2 / 9, 3 / 9, 4 / 9])])
+def test_exits_are_drawn_by_their_weights(keys: dict[str, Any], shares: list[float]) -> None:
+    objective = make_sgmd(exit_weights=[1, 2, 3, 4], **keys)
+    counts = Counter(exits(objective, 1, step)[0] for step in range(1200))
+    assert [counts[i] / 1200 for i in range(4)] == pytest.approx(shares, abs=0.04)
+    before, at_exit = [passes for passes in objective.phases(0)[0].passes if passes.role == "generator"][-2:]
+    known = bool(keys)
+    assert before.mean == pytest.approx(sum(share * max(i - known, 0) for i, share in enumerate(shares)))
+    assert (before.most, at_exit.mean, at_exit.most) == (3 - known, 1, 1)
+
+
 def test_exit_domain_follows_the_diversity_schedule() -> None:
     off_at_100 = {"schedule": "piecewise", "points": [[0, 0.05], [100, 0.0]]}
     objective = make_sgmd(diversity={"weight": off_at_100})
