@@ -25,6 +25,8 @@ METHODS = {
         _sgmd("SGMD without NR", nr_weight=0.0),
         _sgmd("SGMD, fake lr x 1/5", lr_ratio=0.2),
         _sgmd(SGMD_FAST_FAKE, lr_ratio=5.0),
+        _sgmd("SGMD, fake lr x 5, late exits", lr_ratio=5.0, exit_weights=[1.0, 2.0, 3.0, 4.0]),
+        _sgmd("SGMD, fake lr x 5, NR x 3", lr_ratio=5.0, nr_weight=0.3),
         _sgmd("SGMD, 2 fake updates", fake_updates=2),
         _sgmd("SGMD, 5 fake updates", fake_updates=5),
         _sgmd("SGMD with FSDP2's leak", leaks=True),
@@ -38,7 +40,7 @@ METHODS = {
 
 # Of the generator. A world's networks decide the scale: corrections that start at zero, or a trained transformer.
 LEARNING_RATES = {
-    "ring": (1e-4, 3e-4, 1e-3, 3e-3),
-    "trajectories": (1e-4, 3e-4, 1e-3, 3e-3),
-    "tiny_wan": (1e-5, 2e-5, 5e-5),
+    "ring": (3e-4, 1e-3, 3e-3),
+    "trajectories": (3e-4, 1e-3, 3e-3),
+    "tiny_wan": (1e-5, 3e-5, 1e-4),
 }

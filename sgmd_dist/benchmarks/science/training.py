@@ -79,6 +79,11 @@ class Curve:
         """The point of the lowest score inside a budget: where an early stop would end."""
         return min(self.within(passes=passes, cpu_s=cpu_s), key=lambda point: point.scores[name])
 
+    def anytime(self) -> float:
+        """The best swd so far, averaged over the training: low where a method is good, and soon."""
+        best = [self.best(passes=point.passes).scores["swd"] for point in self.points]
+        return sum(best) / len(best)
+
     def first_below(self, target: float, name: str = "swd") -> Point | None:
         """The first point whose score reaches `target`, or None."""
         return next((point for point in self.points if point.scores[name] <= target), None)
