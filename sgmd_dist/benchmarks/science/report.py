@@ -25,8 +25,10 @@ class Report:
     machine: dict[str, str] = field(default_factory=lambda: machine())
 
     def tables(self) -> str:
-        """For each world the methods at equal passes, and the best at equal CPU time."""
-        return "\n\n".join(world_table(world, methods) for world, methods in self.curves.items())
+        """For each world the methods at equal passes, the best at equal CPU time, and what each exit has become."""
+        return "\n\n".join(
+            f"{world_table(world, methods)}\n\n{exits_table(methods)}" for world, methods in self.curves.items()
+        )
 
     def write(self, folder: Path) -> None:
         """Write results.json, tables.md and, for each world, curves as a PNG."""
@@ -91,6 +93,31 @@ def _row(
             _reached(reached, len(curves), lambda p: p.cpu_s, 1),
         ]
     return row + [spread([point.scores[key] for point in best], 2) for key in besides]
+
+
+def exits_table(methods: Mapping[str, Sequence[Curve]]) -> str:
+    """A Markdown table of the trainings' ends: swd and motion of the samples that leave the chain at each exit, from
+    the first to the last, and SGMD's mean alpha over the last quarter; means over the seeds that did not diverge."""
+    finished = {name: [c for c in curves if not c.diverged] for name, curves in methods.items()}
+    finished = {name: curves for name, curves in finished.items() if curves}
+    if not finished:
+        return "every training diverged"
+    first = next(iter(finished.values()))[0].exits[0]
+    motion = next((name for name in ("motion_ratio", "speed_ratio") if name in first), None)
+    names = ["swd", *([motion] if motion else [])]
+    rows = [["method", *(f"{name} by exit" for name in names), "alpha"], ["---"] * (len(names) + 2)]
+    for name, curves in finished.items():
+        alphas = [curve.metrics["generator/alpha"] for curve in curves if "generator/alpha" in curve.metrics]
+        rows.append([name, *(_by_exit(curves, key) for key in names), f"{fmean(alphas):.3f}" if alphas else "-"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _by_exit(curves: Sequence[Curve], name: str) -> str:
+    digits = 3 if name == "swd" else 2
+    return ", ".join(
+        f"{fmean(scores[name] for scores in column):.{digits}f}"
+        for column in zip(*(curve.exits for curve in curves), strict=True)
+    )
 
 
 def _divergences(curves: Sequence[Curve]) -> str:

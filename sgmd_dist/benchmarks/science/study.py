@@ -6,6 +6,8 @@ import hashlib
 import importlib
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -88,13 +90,25 @@ def run_jobs(jobs: Sequence[Job], workers: int, folder: Path | None) -> list[Cur
         world.teacher_samples(count or world.num_reference, REFERENCE_SEED)  # once, for all workers
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "sgmd_dist.benchmarks.science.tiny_wan"])  # imported once for all workers
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(workers, context, _end_with_this_process) as pool:
         futures = {pool.submit(run_job, job): job for job in missing}
         for number, future in enumerate(as_completed(futures), 1):
             job = futures[future]
             found[job.digest] = _keep(job, future.result(), folder)
             logger.info(f"{number} of {len(missing)}: {job.world}, {job.method.name}, lr {job.lr:g}, seed {job.seed}")
     return [found[job.digest] for job in jobs]
+
+
+def _end_with_this_process() -> None:
+    """Run in a worker: if the process that started it is killed, it does not train on for minutes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _path(job: Job, folder: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sgmd_dist.benchmarks.science.methods import DMD2, SGMD
-from sgmd_dist.benchmarks.science.report import Report, spread, world_table
+from sgmd_dist.benchmarks.science.report import Report, exits_table, spread, world_table
 from sgmd_dist.benchmarks.science.training import Curve, Point
 
 
@@ -16,7 +16,9 @@ def curve(method: str, seed: int, cost: float, quality: list[float]) -> Curve:
     points = [
         Point(i, cost * i, i / 10, {"swd": swd, "speed_ratio": 1.0 - swd}) for i, swd in enumerate([0.5, *quality])
     ]
-    return Curve("toy", method, 1e-3, seed, points)
+    exits = [{"swd": swd, "speed_ratio": 0.5 + swd} for swd in (0.4, quality[-1])]
+    metrics = {"generator/alpha": 0.1 * (seed + 1)} if method == SGMD else {}
+    return Curve("toy", method, 1e-3, seed, points, metrics, exits)
 
 
 METHODS = {
@@ -49,6 +51,15 @@ def test_others_are_timed_to_the_last_and_to_the_best_score_of_dmd2() -> None:
     assert timed == ["passes to 0.300", "CPU s to 0.300", "passes to 0.200", "CPU s to 0.200"]
     assert dict(zip(head, dmd2, strict=True))["passes to 0.200"] == "40 (1 of 2)"
     assert dict(zip(head, sgmd, strict=True))["passes to 0.200"] == "15 ± 7"
+
+
+def test_the_exits_of_the_chain_are_told_apart() -> None:
+    diverged = Curve("toy", DMD2, 1e-3, 2, METHODS[DMD2][0].points, diverged=True)
+    lines = exits_table({SGMD: METHODS[SGMD], DMD2: [*METHODS[DMD2], diverged]}).splitlines()
+    assert lines[0] == "| method | swd by exit | speed_ratio by exit | alpha |"
+    assert lines[2] == "| SGMD | 0.400, 0.150 | 0.90, 0.65 | 0.150 |"
+    assert lines[3] == f"| {DMD2} | 0.400, 0.200 | 0.90, 0.70 | - |"
+    assert exits_table({DMD2: [diverged]}) == "every training diverged"
 
 
 def test_one_value_has_no_spread() -> None:
