@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sgmd_dist import resume
+from sgmd_dist import health, resume
 from sgmd_dist.assemble import build_objective, plan_networks
 from sgmd_dist.data.sources import check_sources, latent_shape_of
 from sgmd_dist.errors import UserError
@@ -27,6 +27,7 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
     plans = plan_networks(recipe, objective.roles)
     generator = next(plan.model for plan in plans if "generator" in plan.roles)
     check_sources(recipe, generator, objective.needs_latents, objective.needs_pairs)
+    health.check(recipe)
     resume.decide(recipe)
     _check_attention(recipe, generator)
     lines = [

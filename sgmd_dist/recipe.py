@@ -302,6 +302,26 @@ class LoggingSection(Section):
     tensorboard: bool = True
 
 
+class MotionSection(Section):
+    """Every `every` steps `samples` videos of the generator are held against the guided teacher's of the same prompts
+    and noise, by their latent motion. Out of [`lowest`, `highest`] times the teacher's a warning is logged; with `stop`
+    the run saves and ends there, and counts as done. The teacher's videos take `teacher_steps` and are made once.
+    """
+
+    every: int = Field(default=100, ge=1)
+    samples: int = Field(default=16, ge=1)
+    teacher_steps: int = Field(default=30, ge=1)
+    lowest: float = Field(default=0.5, ge=0, le=1)
+    highest: float = Field(default=1.2, ge=1)
+    stop: bool = False
+
+
+class HealthSection(Section):
+    """What is watched beside the losses. `motion: null` watches no samples."""
+
+    motion: MotionSection | None = None
+
+
 class Recipe(Section):
     """A whole run. Build it with `sgmd_dist.recipe_file.load_recipe`."""
 
@@ -313,6 +333,7 @@ class Recipe(Section):
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    health: HealthSection = HealthSection()
 
     def layout(self, world_size: int) -> Layout:
         """Place the recipe on `world_size` ranks.

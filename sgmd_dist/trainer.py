@@ -19,6 +19,7 @@ from sgmd_dist.data.sources import open_shards
 from sgmd_dist.data.stream import Stream
 from sgmd_dist.durable import lock, write_durably
 from sgmd_dist.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
+from sgmd_dist.health import MotionWatch
 from sgmd_dist.metrics import RunLog
 from sgmd_dist.parallel.mesh import Mesh
 from sgmd_dist.parallel.sequence import agree
@@ -42,11 +43,14 @@ class Trainer(Stepper):
         if mesh.is_main:
             self._held.enter_context(lock(self.run_dir / LOCK_FILE, "run.dir is in use by another run"))
         objective = build_objective(recipe)
-        self.stream = open_stream(recipe, mesh)
+        index = open_index(recipe, mesh)
+        self.stream = open_stream(recipe, mesh, index)
         networks = build_networks(recipe, mesh, objective.roles)
         self._retries_logged = 0
         self._batches_read = _AgreedBatches(self.stream, mesh)
         super().__init__(recipe, mesh, objective, networks, self._batches_read)
+        motion = recipe.health.motion
+        self._motion = None if motion is None else MotionWatch(motion, recipe, mesh, index, self.roles)
         self.saver = checkpoint.Saver(
             self.run_dir,
             recipe=dump_recipe(recipe),
@@ -69,7 +73,7 @@ class Trainer(Stepper):
             self.saver.save(self.roles, step=self.step, stream=self.stream.state_dict())
 
     def fit(self) -> int:
-        """Train up to `run.steps`; returns the exit code: 0 done, 75 preempted after saving."""
+        """Train up to `run.steps`; returns the exit code: 0 done, or ended by `health`; 75 preempted after saving."""
         self.resume()
         if self.mesh.is_main:
             write_durably(self.run_dir / checkpoint.RECIPE_FILE, dump_recipe(self.recipe).encode())
@@ -83,6 +87,7 @@ class Trainer(Stepper):
             first_step=self.step,
             num_steps=steps,
         )
+        ended = False
         with log:
             while self.step < steps:
                 self.train_step()
@@ -92,15 +97,27 @@ class Trainer(Stepper):
                     self.stream.settle(num_lost // self.mesh.layout.sequence_size, _from_all_ranks(lost.messages))
                 if failed:
                     self.saver.wait()  # raises, on every rank
-                self._log(log, at_once=bool(stopping))
-                if self.step % every == 0 or self.step == steps or stopping:
+                ended = self._motion_ends_it()
+                self._log(log, at_once=bool(stopping) or ended)
+                if self.step % every == 0 or self.step == steps or stopping or ended:
                     self.save()
+                if ended:
+                    break
                 if stopping and self.step < steps:
                     logger.warning("asked to stop: saved step {}, exit code {}", self.step, EXIT_PREEMPTED)
                     break
             self.saver.wait()
         dist.barrier()  # launchers kill the other ranks when one has ended: none may still be writing
-        return EXIT_DONE if self.step >= steps else EXIT_PREEMPTED
+        return EXIT_DONE if self.step >= steps or ended else EXIT_PREEMPTED
+
+    def _motion_ends_it(self) -> bool:
+        """Look at the generator's samples, where the recipe says so; True if they end the training. Collective."""
+        if self._motion is None or self.step % self._motion.section.every:
+            return False
+        with self.metrics.timed("time/motion_s"):
+            ratio, ends = self._motion.check(self.step)
+        self.metrics.record("health/motion_ratio", ratio)
+        return ends
 
     def before_write(self) -> None:
         """Wait until a save in flight has copied the tensors that the optimizer is about to change."""
@@ -125,11 +142,11 @@ class Trainer(Stepper):
         self._held.close()
 
 
-def open_stream(recipe: Recipe, mesh: Mesh) -> Stream:
-    """This rank's share of the recipe's data. Collective; raises as `open_index`."""
+def open_stream(recipe: Recipe, mesh: Mesh, index: ShardIndex) -> Stream:
+    """This rank's share of the recipe's data."""
     data = recipe.data
     return Stream(
-        open_index(recipe, mesh),
+        index,
         seed=recipe.run.seed,
         micro_batch_size=data.micro_batch_size,
         lanes=data.lanes,

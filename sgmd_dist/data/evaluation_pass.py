@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Literal
 
@@ -49,7 +49,7 @@ def evaluation_pass(
     on_error: Literal["raise", "skip"] = "raise",
     num_threads: int = 1,
     check_crc: bool = True,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Rank `dp_rank`'s batches of one pass over a data set, each of `micro_batch_size` positions.
 
     Over all ranks each sample is `valid` at one position. All ranks have equally many batches, the k-th of them of one

@@ -124,3 +124,14 @@ def test_an_objective_that_needs_pairs_takes_them():
 @pytest.mark.parametrize("shards", ["prompts:prompts.txt", "captions"])
 def test_rollouts_from_noise_take_captions(rollout: str, shards: str):
     assert check(f"data.shards={shards}", VIDEO, f"objective.rollout={rollout}")
+
+
+# What is watched
+
+
+def test_motion_is_watched_of_few_step_generators_only():
+    assert check("data.shards=captions", "health.motion={every: 10}")
+    assert message("data.shards=latents", "objective={name: flow_matching}", "health.motion={}") == (
+        "health.motion: objective.name = flow_matching trains no few-step generator whose samples could be held against"
+        " a teacher's; remove health.motion"
+    )

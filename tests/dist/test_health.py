@@ -1,0 +1,107 @@
+"""The watch on the generator's motion: one number on any ranks, no influence on the training, and an early end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Ranks, run_ranks
+from running import State, max_difference, parameter_difference, train, train_command
+
+from sgmd_dist import checkpoint, rng
+from sgmd_dist.assemble import build_model, load_network, load_weights
+from sgmd_dist.data.evaluation_pass import evaluation_pass
+from sgmd_dist.data.index import ShardIndex
+from sgmd_dist.health import TEACHER_FILE
+from sgmd_dist.motion import latent_motion
+from sgmd_dist.recipe_file import load_recipe
+from sgmd_dist.rng import SampleId
+from sgmd_dist.rollout import guided, sample
+
+SAMPLES = 6
+WATCH = ["run.steps=4", f"health.motion={{every: 2, samples: {SAMPLES}, teacher_steps: 3}}"]
+
+
+def run_dir(recipe_path: Path) -> Path:
+    return recipe_path.parent / "run"
+
+
+def ratios(recipe_path: Path) -> dict[int, float]:
+    lines = map(json.loads, (run_dir(recipe_path) / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["health/motion_ratio"] for line in lines if "health/motion_ratio" in line}
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory, write_recipe) -> tuple[Path, State]:
+    """A recipe, and the state after it was trained on one rank."""
+    recipe_path = write_recipe(tmp_path_factory.mktemp("watched"))
+    return recipe_path, run_ranks(1, train, recipe_path, WATCH)[0]
+
+
+def motion_by_hand(recipe_path: Path, shards: Path) -> float:
+    """The newest checkpoint's ratio, from plain networks on the data set's first samples."""
+    recipe, index, device = load_recipe(recipe_path), ShardIndex.open(shards), torch.device("cpu")
+    model = build_model(recipe, "generator")
+    weights = load_weights(checkpoint.find(run_dir(recipe_path)), "generator", model, None, None)
+    generator, teacher = (load_network(model, w, device, recipe.run.seed) for w in (weights, None))
+    batch = next(evaluation_pass(index, micro_batch_size=SAMPLES, text_tokens=recipe.model.text_tokens))
+    ids = [SampleId(0, 0, place) for place in range(SAMPLES)]
+    noise = rng.sample_normal(batch.latent_shape, recipe.run.seed, "health/motion", ids, device=device)
+    texts = batch.prompt_embeds, batch.negative_embeds
+    videos = sample(guided(generator, *texts, 1.0), noise, 4, 5.0)
+    wanted = sample(guided(teacher, *texts, recipe.objective.model_dump()["guidance_scale"]), noise, 3, 5.0)
+    return float(latent_motion(videos).mean() / latent_motion(wanted).mean())
+
+
+def test_the_ratio_is_that_of_plain_networks_on_the_first_samples(watched: tuple[Path, State], shards: Path) -> None:
+    found = ratios(watched[0])
+    assert list(found) == [2, 4]
+    assert found[4] == pytest.approx(motion_by_hand(watched[0], shards), rel=1e-5)
+    assert found[2] != found[4]
+
+
+@pytest.mark.parametrize(
+    "world_size, overrides",
+    [(2, []), (4, ["parallel.ring=2", "parallel.teacher_offload=true"])],
+    ids=["2 ranks", "4 ranks, ring 2, teacher offloaded"],
+)
+def test_ranks_find_the_same_ratio(
+    recipe_path: Path, watched: tuple[Path, State], world_size: int, overrides: Sequence[str]
+) -> None:
+    state = run_ranks(world_size, train, recipe_path, [*WATCH, *overrides])[0]
+    assert list(ratios(recipe_path).values()) == pytest.approx(list(ratios(watched[0]).values()), rel=1e-4)
+    assert parameter_difference(state, watched[1]) < 1e-6
+
+
+def test_to_watch_changes_nothing_of_the_training(recipe_path: Path, watched: tuple[Path, State]) -> None:
+    unwatched = run_ranks(1, train, recipe_path, ["run.steps=4"])[0]
+    assert set(max_difference(unwatched, watched[1]).values()) == {0.0}
+    assert not ratios(recipe_path)
+
+
+def test_a_ratio_out_of_bounds_saves_and_ends_the_training_on_all_ranks(recipe_path: Path, capfd) -> None:
+    """Ended by its own rule, a run is done: exit code 0, so that a batch script does not requeue it."""
+    always = "health.motion={every: 2, samples: 3, teacher_steps: 1, lowest: 1, highest: 1, stop: true}"
+    ranks = Ranks(2, train_command, recipe_path, ["run.steps=9", always])
+    for process in ranks.processes:
+        process.join(120)
+    assert [process.exitcode for process in ranks.processes] == [0, 0]
+    assert [path.name for path in checkpoint.committed(run_dir(recipe_path))] == ["step-00000002"]
+    assert list(ratios(recipe_path)) == [2]
+    output = capfd.readouterr().err
+    assert output.count("of the teacher's, out of health.motion's 1 to 1") == 1
+    assert "this ends the training" in output
+
+
+def test_the_teachers_motion_is_measured_once_for_a_run_folder(recipe_path: Path) -> None:
+    run_ranks(1, train, recipe_path, [*WATCH, "run.steps=2"])
+    path = run_dir(recipe_path) / TEACHER_FILE
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"motion": 1000 * kept["motion"]}))
+    run_ranks(1, train, recipe_path, WATCH)
+    assert ratios(recipe_path)[4] < ratios(recipe_path)[2] / 100, "the kept number was taken"
+    run_ranks(1, train, recipe_path, [*WATCH, "run.steps=6", "health.motion.teacher_steps=4"])
+    assert ratios(recipe_path)[6] > ratios(recipe_path)[2] / 100, "it is of other settings"
