@@ -2,7 +2,7 @@
             launch/bench.py step RECIPE [key.sub=value ...] [--steps N] [--out FILE.json]
             launch/bench.py checkpoint [--millions N | --recipe RECIPE] [--dir FOLDER] [--out FILE.json]
             launch/bench.py data [--samples N] [--rounds N] [--threads N] [--dir FOLDER] [--out FILE.json]
-            launch/bench.py science [--quick | --smoke] [--world NAME ...] [--methods NAME ...] [--out FOLDER]
+            launch/bench.py science [--quick | --smoke | --acceptance] [--world NAME ...] [--methods NAME ...]
 
 Kernels and attention: on CUDA each is timed against eager torch, torch.compile and what the card reaches in the same
 run; elsewhere it is checked for correctness on small shapes. Exit code 1: a result was wrong.
@@ -107,6 +107,7 @@ def _add_science(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     size = command.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="all worlds and methods, a few steps each: tries everything")
     size.add_argument("--smoke", action="store_true", help="SGMD against DMD2 in the world of trajectories, with gates")
+    size.add_argument("--acceptance", action="store_true", help="the same in the world of the tiny Wan, on three seeds")
     command.add_argument("--world", nargs="+", metavar="NAME", help="ring, trajectories, tiny_wan; default: all")
     command.add_argument("--methods", nargs="+", metavar="NAME", help="names of table rows; default: all")
     command.add_argument("--seeds", type=positive_int, default=4, help="trainings of each method; default: 4")
@@ -192,8 +193,8 @@ def _science(args: argparse.Namespace) -> int:
     from sgmd_dist.benchmarks.science import study
     from sgmd_dist.benchmarks.science.report import Report
 
-    if args.smoke:
-        return _science_smoke(args)
+    if args.smoke or args.acceptance:
+        return _science_gates(args)
     make = study.quick_study if args.quick else study.full_study
     folder = args.out or (None if args.quick else Path("runs/science"))
     studies = [make(world, args.seeds, args.methods) for world in study.known(args.world, study.WORLDS, "--world")]
@@ -207,12 +208,17 @@ def _science(args: argparse.Namespace) -> int:
     return 0
 
 
-def _science_smoke(args: argparse.Namespace) -> int:
+def _science_gates(args: argparse.Namespace) -> int:
     from sgmd_dist.benchmarks.science import gates
+    from sgmd_dist.benchmarks.science.report import Report
 
-    found = gates.smoke(args.workers)
-    print(found.table())
-    return 0 if found.passed else 1
+    if args.smoke:
+        verdict = gates.smoke(args.workers)
+    else:
+        curves, verdict = gates.acceptance(args.workers, args.out or Path("runs/science"))
+        print(Report("", {"tiny_wan": curves}).tables(), end="\n\n")
+    print(verdict.table())
+    return 0 if verdict.passed else 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from typing import Any
 
 from sgmd_dist.benchmarks.science.training import Method
 
-SGMD, SGMD_FAST_FAKE, DMD2 = "SGMD", "SGMD, fake lr x 5", "DMD2 5:1"
+SGMD, SGMD_FAST_FAKE = "SGMD", "SGMD, fake lr x 5"
+DMD2, DMD2_REUSE, DMD2_EQUAL = "DMD2 5:1", "DMD2 5:1 reuse", "DMD2 1:1"
 
 
 def _sgmd(name: str, *, lr_ratio: float = 1.0, leaks: bool = False, **keys: Any) -> Method:
@@ -31,8 +32,8 @@ METHODS = {
         _sgmd("SGMD, 5 fake updates", fake_updates=5),
         _sgmd("SGMD with FSDP2's leak", leaks=True),
         _dmd2(DMD2),
-        _dmd2("DMD2 5:1 reuse", inner_sample="reuse"),
-        _dmd2("DMD2 1:1", fake_updates=1),
+        _dmd2(DMD2_REUSE, inner_sample="reuse"),
+        _dmd2(DMD2_EQUAL, fake_updates=1),
         Method("SiD", {"name": "sid", "inner_sample": "reuse"}),
         Method("SIM", {"name": "sim", "inner_sample": "reuse"}),
     )

@@ -96,20 +96,27 @@ def _row(
 
 
 def exits_table(methods: Mapping[str, Sequence[Curve]]) -> str:
-    """A Markdown table of the trainings' ends: swd and motion of the samples that leave the chain at each exit, from
-    the first to the last, and SGMD's mean alpha over the last quarter; means over the seeds that did not diverge."""
+    """A Markdown table of how trainings go on: swd and motion of the samples that leave the chain at each exit, from
+    the first to the last; SGMD's mean alpha over the last quarter; and the swd where the last exit's motion first
+    reached the teacher's, where `health.motion` would have stopped. Means over the seeds that did not diverge."""
     finished = {name: [c for c in curves if not c.diverged] for name, curves in methods.items()}
     finished = {name: curves for name, curves in finished.items() if curves}
     if not finished:
         return "every training diverged"
     first = next(iter(finished.values()))[0].exits[0]
     motion = next((name for name in ("motion_ratio", "speed_ratio") if name in first), None)
-    names = ["swd", *([motion] if motion else [])]
-    rows = [["method", *(f"{name} by exit" for name in names), "alpha"], ["---"] * (len(names) + 2)]
+    head = ["method", "swd by exit", *([f"{motion} by exit", f"swd at {motion} 1"] if motion else []), "alpha"]
+    rows = [head, ["---"] * len(head)]
     for name, curves in finished.items():
+        moved = [_by_exit(curves, motion), _at_the_teachers_motion(curves, motion)] if motion else []
         alphas = [curve.metrics["generator/alpha"] for curve in curves if "generator/alpha" in curve.metrics]
-        rows.append([name, *(_by_exit(curves, key) for key in names), f"{fmean(alphas):.3f}" if alphas else "-"])
+        rows.append([name, _by_exit(curves, "swd"), *moved, f"{fmean(alphas):.3f}" if alphas else "-"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _at_the_teachers_motion(curves: Sequence[Curve], motion: str) -> str:
+    reached = [next((p for p in curve.points if p.scores[motion] >= 1), None) for curve in curves]
+    return _reached([p for p in reached if p is not None], len(curves), lambda p: p.scores["swd"], 3)
 
 
 def _by_exit(curves: Sequence[Curve], name: str) -> str:

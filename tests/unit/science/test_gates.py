@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sgmd_dist.benchmarks.science.gates import judge_smoke
+import pytest
+
+from sgmd_dist.benchmarks.science.gates import judge_acceptance, judge_smoke
 from sgmd_dist.benchmarks.science.training import Curve, Point
 
 REPO = Path(__file__).parents[3]
@@ -32,6 +34,37 @@ def test_a_method_passes_by_its_mean_by_its_worst_seed_and_by_its_motion() -> No
         [True, True, False],
     ]
     assert "FAILED best swd, mean" in failed[0].table()
+
+
+def training(*quality: float, cost: float = 100.0, **scores: float) -> Curve:
+    """Scored after each `cost` passes; the other scores are the same all the time."""
+    others = {"motion_ratio": 1.0, "jitter_ratio": 1.3, "shape_error": 0.08} | scores
+    points = [Point(i, cost * i, cost * i / 30, {"swd": swd} | others) for i, swd in enumerate(quality)]
+    return Curve("tiny_wan", "m", 3e-5, 0, points)
+
+
+GOOD, SLOW = training(0.2, 0.09), training(0.2, 0.15, 0.095, motion_ratio=0.9)
+
+
+def test_acceptance_is_of_cost_and_of_quality() -> None:
+    assert judge_acceptance([GOOD, GOOD], [SLOW, SLOW]).passed
+    failed = {
+        judge_acceptance([GOOD, ours], [SLOW, SLOW]): places
+        for ours, places in (
+            (SLOW, {0, 1}),  # one seed takes as many passes as DMD2
+            (training(0.2, 0.15), {0, 1, 2, 3, 4}),  # it never gets there
+            (training(0.2, 0.09, motion_ratio=1.3), {5, 6}),
+            (training(0.2, 0.09, jitter_ratio=1.6), {7}),
+            (training(0.2, 0.09, shape_error=0.1), {8}),
+        )
+    }
+    for verdict, places in failed.items():
+        assert {place for place, gate in enumerate(verdict.gates) if not gate.passed} == places
+
+
+def test_a_dmd2_that_never_gets_there_counts_with_its_whole_training() -> None:
+    verdict = judge_acceptance([GOOD], [training(0.2, 0.18, 0.15, motion_ratio=0.9)])
+    assert verdict.gates[0].value == pytest.approx(0.5)
 
 
 def test_the_smoke_run_keeps_its_gates() -> None:

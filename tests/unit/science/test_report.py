@@ -55,10 +55,11 @@ def test_others_are_timed_to_the_last_and_to_the_best_score_of_dmd2() -> None:
 
 def test_the_exits_of_the_chain_are_told_apart() -> None:
     diverged = Curve("toy", DMD2, 1e-3, 2, METHODS[DMD2][0].points, diverged=True)
-    lines = exits_table({SGMD: METHODS[SGMD], DMD2: [*METHODS[DMD2], diverged]}).splitlines()
-    assert lines[0] == "| method | swd by exit | speed_ratio by exit | alpha |"
-    assert lines[2] == "| SGMD | 0.400, 0.150 | 0.90, 0.65 | 0.150 |"
-    assert lines[3] == f"| {DMD2} | 0.400, 0.200 | 0.90, 0.70 | - |"
+    fast = curve(SGMD, 0, 10, [0.0, 0.1])  # its speed is the teacher's where its swd is 0
+    lines = exits_table({SGMD: [fast, METHODS[SGMD][1]], DMD2: [*METHODS[DMD2], diverged]}).splitlines()
+    assert lines[0] == "| method | swd by exit | speed_ratio by exit | swd at speed_ratio 1 | alpha |"
+    assert lines[2] == "| SGMD | 0.400, 0.150 | 0.90, 0.65 | 0.000 (1 of 2) | 0.150 |"
+    assert lines[3] == f"| {DMD2} | 0.400, 0.200 | 0.90, 0.70 | never | - |"
     assert exits_table({DMD2: [diverged]}) == "every training diverged"
 
 
