@@ -317,8 +317,13 @@ class MotionSection(Section):
 
 
 class HealthSection(Section):
-    """What is watched beside the losses. `motion: null` watches no samples."""
+    """What is watched beside the losses, and what follows. An update whose gradients are not finite is skipped on all
+    ranks; after `max_skipped` of a role in a row the run goes back to its last checkpoint, with new noise, at most
+    `rollbacks` times. `motion: null` watches no samples.
+    """
 
+    max_skipped: int = Field(default=20, ge=1)
+    rollbacks: int = Field(default=3, ge=0)
     motion: MotionSection | None = None
 
 

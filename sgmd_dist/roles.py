@@ -60,7 +60,12 @@ class ShardedAdamW(torch.optim.AdamW):
     """AdamW whose arithmetic runs on this rank's shards. Its state is sharded as the parameters are.
 
     The update is elementwise, and on DTensors most of a small network's would be spent on their bookkeeping.
+
+    Attributes:
+        found_inf: a scalar on the device; 1 makes the next `step` one that changes nothing (torch's fused kernels).
     """
+
+    found_inf: Tensor
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         has_complex = super()._init_group(group, *lists)
@@ -85,7 +90,7 @@ class Role:
         self.name = name
         self.module = module
         self.model = model
-        self.optimizer: torch.optim.AdamW | None = None
+        self.optimizer: ShardedAdamW | None = None
         self.ema: Ema | None = None
         self.calls: Counter[Call] = Counter()
         self._switch = Switch(module)
@@ -183,12 +188,14 @@ class Role:
     def step(self, step: int, max_grad_norm: float, lr_factor: float) -> Tensor:
         """Clip, update the weights, clear the gradients; returns the gradient norm before clipping (a scalar).
 
-        A `max_grad_norm` of 0 means no clipping.
+        A `max_grad_norm` of 0 means no clipping. Where the norm is not finite, which all ranks see alike, weights and
+        moments stay as they are; nobody waits for the device to tell.
         """
         assert self.optimizer is not None and self._lr is not None, f"{self.name} is frozen"
         norm = _clip([p.grad for p in self.parameters.values() if p.grad is not None], max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr.lr.at(step) * lr_factor * group["lr_ratio"]
+        self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sgmd_dist.batch import Batch
 from sgmd_dist.metrics import Metrics
@@ -50,6 +51,9 @@ class Stepper:
         )
         self.roles.warm_up(mesh.device)
         self.metrics = Metrics(mesh.device)
+        self.noise_seed = recipe.run.seed
+        self._skipped_in_a_row: dict[str, Tensor] = {}
+        self._longest_row = torch.zeros((), device=mesh.device)
         self._batches = batches
         self._steps_since_taken = 0
         self._keeps_batches = False
@@ -58,7 +62,7 @@ class Stepper:
     def train_step(self) -> None:
         """One optimizer step: the objective's phases in order."""
         fused = dispatch.fused(self.recipe.parallel.kernels, self.mesh.device.type, dispatch.triton_installed())
-        state = StepState(self.step, self.recipe.run.seed, self.mesh.layout.num_units, fused=fused)
+        state = StepState(self.step, self.noise_seed, self.mesh.layout.num_units, fused=fused)
         phases = self.objective.phases(self.step)
         self._keeps_batches = any(phase.data == "same" for phase in phases)
         with self.metrics.timed("time/step_s"):
@@ -86,7 +90,19 @@ class Stepper:
     def _update(self, phase: Phase, state: StepState) -> None:
         """End a phase: the only place that writes to parameters, optimizers and the EMA."""
         self.before_write()
-        self.metrics.record(f"{phase.role}/grad_norm", self.roles.step(phase.role, state.step))
+        norm = self.roles.step(phase.role, state.step)
+        finite = norm.isfinite()
+        self.metrics.record(f"{phase.role}/grad_norm", norm, weight=finite)
+        self.metrics.record(f"{phase.role}/skipped", (~finite).float() / self.mesh.layout.world_size, reduce="sum")
+        row = torch.where(finite, 0.0, self._skipped_in_a_row.get(phase.role, 0.0) + 1.0)
+        self._skipped_in_a_row[phase.role] = row
+        self._longest_row = torch.maximum(self._longest_row, row)
+
+    def take_longest_row(self) -> int:
+        """The most updates of one role in a row that were skipped, since the last call; waits for the device."""
+        longest = int(self._longest_row)
+        self._longest_row = torch.zeros_like(self._longest_row)
+        return longest
 
     def before_write(self) -> None:
         """Called before each optimizer step, in which parameters, moments and averages change; a run may wait here."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,9 +28,11 @@ from sgmd_dist.preemption import stop_requests
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import dump_recipe
 from sgmd_dist.resume import begin
+from sgmd_dist.rollback import Rollbacks
 from sgmd_dist.stepper import Stepper
 
 LOCK_FILE = ".lock"
+End = Literal["done", "stopped", "failing"]
 
 
 class Trainer(Stepper):
@@ -66,6 +69,8 @@ class Trainer(Stepper):
             self.stream.load_state_dict(found.meta.stream)
             self.step = found.meta.step
             logger.info("resumed {} at step {}", found.path, self.step)
+        self._rollbacks = Rollbacks(self.run_dir, self.recipe.health, self.recipe.run.seed, is_main=self.mesh.is_main)
+        self.noise_seed = self._rollbacks.noise_seed
 
     def save(self) -> None:
         """Save a checkpoint of the present step, or begin to, where that is asynchronous. Collective."""
@@ -77,38 +82,59 @@ class Trainer(Stepper):
         self.resume()
         if self.mesh.is_main:
             write_durably(self.run_dir / checkpoint.RECIPE_FILE, dump_recipe(self.recipe).encode())
+        if self.step >= self.recipe.run.steps:
+            logger.info("step {} of run.steps = {} is done already", self.step, self.recipe.run.steps)
+        while (end := self._train()) == "failing":
+            self._go_back()
+        dist.barrier()  # launchers kill the other ranks when one has ended: none may still be writing
+        return EXIT_PREEMPTED if end == "stopped" else EXIT_DONE
+
+    def _train(self) -> End:
         steps, every = self.recipe.run.steps, self.recipe.checkpoint.every
-        if self.step >= steps:
-            logger.info("step {} of run.steps = {} is done already", self.step, steps)
-        log = RunLog(
-            self.run_dir,
-            is_main=self.mesh.is_main,
-            tensorboard=self.recipe.logging.tensorboard,
-            first_step=self.step,
-            num_steps=steps,
-        )
-        ended = False
-        with log:
+        with self._open_log() as log:
             while self.step < steps:
                 self.train_step()
-                lost = self._batches_read.take_lost()
-                stopping, failed, num_lost = _over_ranks(self._stop.is_set, self.saver.has_failed, lost.count)
-                if num_lost:
-                    self.stream.settle(num_lost // self.mesh.layout.sequence_size, _from_all_ranks(lost.messages))
-                if failed:
-                    self.saver.wait()  # raises, on every rank
+                stopping = self._settle()
                 ended = self._motion_ends_it()
-                self._log(log, at_once=bool(stopping) or ended)
+                if self._log(log, at_once=stopping or ended) >= self.recipe.health.max_skipped:
+                    self.saver.wait()
+                    return "failing"
                 if self.step % every == 0 or self.step == steps or stopping or ended:
                     self.save()
                 if ended:
                     break
                 if stopping and self.step < steps:
                     logger.warning("asked to stop: saved step {}, exit code {}", self.step, EXIT_PREEMPTED)
-                    break
+                    self.saver.wait()
+                    return "stopped"
             self.saver.wait()
-        dist.barrier()  # launchers kill the other ranks when one has ended: none may still be writing
-        return EXIT_DONE if self.step >= steps or ended else EXIT_PREEMPTED
+        return "done"
+
+    def _settle(self) -> bool:
+        """Let all ranks know what happened to some in the last step; True if the run is to stop. Collective."""
+        lost = self._batches_read.take_lost()
+        stopping, failed, num_lost = _over_ranks(self._stop.is_set, self.saver.has_failed, lost.count)
+        if num_lost:
+            self.stream.settle(num_lost // self.mesh.layout.sequence_size, _from_all_ranks(lost.messages))
+        if failed:
+            self.saver.wait()  # raises, on every rank
+        return bool(stopping)
+
+    def _go_back(self) -> None:
+        """To the newest checkpoint, to go on with new noise. Collective; raises as `Rollbacks.go_back`."""
+        found = self._rollbacks.go_back(self.roles, self.step)
+        self.stream.load_state_dict(found.meta.stream)
+        self.step, self.noise_seed = found.meta.step, self._rollbacks.noise_seed
+        self._skipped_in_a_row.clear()
+
+    def _open_log(self) -> RunLog:
+        return RunLog(
+            self.run_dir,
+            is_main=self.mesh.is_main,
+            tensorboard=self.recipe.logging.tensorboard,
+            first_step=self.step,
+            num_steps=self.recipe.run.steps,
+        )
 
     def _motion_ends_it(self) -> bool:
         """Look at the generator's samples, where the recipe says so; True if they end the training. Collective."""
@@ -125,15 +151,17 @@ class Trainer(Stepper):
             with self.metrics.timed("time/save_wait_s"):
                 self.saver.wait_staged()
 
-    def _log(self, log: RunLog, *, at_once: bool) -> None:
+    def _log(self, log: RunLog, *, at_once: bool) -> int:
+        """Write what was measured, where it is time to; returns the updates skipped in a row until then."""
         log.step()
         if self.step % self.recipe.run.log_every and self.step != self.recipe.run.steps and not at_once:
-            return
+            return 0
         for name, value in _place(self.stream).items():
             self.metrics.record(name, value)
         self.metrics.record("data/retries", self.stream.retries - self._retries_logged, reduce="sum")
         self._retries_logged = self.stream.retries
         log.write(self.step, self.take_scalars())
+        return self.take_longest_row()
 
     def close(self) -> None:
         """Let a save in flight end; stop the stream's threads; give up the run folder and the signals."""

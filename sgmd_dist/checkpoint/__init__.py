@@ -11,6 +11,7 @@ from sgmd_dist.checkpoint.agreement import together
 from sgmd_dist.checkpoint.folder import (
     FOLDER,
     RECIPE_FILE,
+    ROLLBACKS_FILE,
     DamagedCheckpoint,
     Meta,
     committed,
@@ -27,6 +28,7 @@ from sgmd_dist.checkpoint.state import Tree, checksums, training_state
 __all__ = [
     "FOLDER",
     "RECIPE_FILE",
+    "ROLLBACKS_FILE",
     "DamagedCheckpoint",
     "Inspection",
     "Loaded",

@@ -19,6 +19,7 @@ from sgmd_dist.errors import UserError
 
 FOLDER = "checkpoints"
 RECIPE_FILE = "recipe.yaml"
+ROLLBACKS_FILE = "rollbacks.json"  # of a run folder
 METADATA_FILE = ".metadata"  # DCP's
 _META_FILE = "meta.json"
 _META_DIGEST = "sha256"

@@ -54,3 +54,21 @@ def test_the_average_is_a_copy_before_its_start_step_and_moves_slowly_from_then_
     before = ema.shadow["weight"].clone()
     step(roles, 2, 50.0)
     torch.testing.assert_close(ema.shadow["weight"], 0.9 * before + 0.1 * weight.detach())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_change_nothing(bad: float) -> None:
+    """The steps before and after are as if they had followed each other."""
+    quiet, disturbed = (make_roles(ema={"decay": 0.9}) for _ in range(2))
+    for number, gradient in ((0, 5.0), (1, -3.0)):
+        expected, _ = step(quiet, number, gradient)
+        if number == 1:
+            change, norm = step(disturbed, number, bad)
+            assert not norm.isfinite() and not change.any()
+        change, norm = step(disturbed, number, gradient)
+        assert torch.equal(change, expected) and norm.isfinite()
+    role, optimizer = disturbed["generator"], disturbed["generator"].optimizer
+    assert optimizer is not None
+    assert [float(state["step"]) for state in optimizer.state.values()] == [2.0]
+    assert all(tensor.isfinite().all() for state in optimizer.state.values() for tensor in state.values())
+    assert role.ema is not None and role.ema.shadow["weight"].isfinite().all()
