@@ -216,7 +216,7 @@ def _science_gates(args: argparse.Namespace) -> int:
         verdict = gates.smoke(args.workers)
     else:
         curves, verdict = gates.acceptance(args.workers, args.out or Path("runs/science"))
-        print(Report("", {"tiny_wan": curves}).tables(), end="\n\n")
+        print(Report("", curves).tables(), end="\n\n")
     print(verdict.table())
     return 0 if verdict.passed else 1
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sgmd_dist.benchmarks.science.gates import judge_acceptance, judge_smoke
+from sgmd_dist.benchmarks.science.gates import Verdict, judge_acceptance, judge_smoke
+from sgmd_dist.benchmarks.science.methods import DMD2, SGMD
 from sgmd_dist.benchmarks.science.training import Curve, Point
 
 REPO = Path(__file__).parents[3]
@@ -43,27 +44,41 @@ def training(*quality: float, cost: float = 100.0, **scores: float) -> Curve:
     return Curve("tiny_wan", "m", 3e-5, 0, points)
 
 
-GOOD, SLOW = training(0.2, 0.09), training(0.2, 0.15, 0.095, motion_ratio=0.9)
+FINE, SLOW = training(0.2, 0.09), training(0.2, 0.15, 0.095, motion_ratio=0.9)
 
 
-def test_acceptance_is_of_cost_and_of_quality() -> None:
-    assert judge_acceptance([GOOD, GOOD], [SLOW, SLOW]).passed
-    failed = {
-        judge_acceptance([GOOD, ours], [SLOW, SLOW]): places
-        for ours, places in (
-            (SLOW, {0, 1}),  # one seed takes as many passes as DMD2
-            (training(0.2, 0.15), {0, 1, 2, 3, 4}),  # it never gets there
-            (training(0.2, 0.09, motion_ratio=1.3), {5, 6}),
-            (training(0.2, 0.09, jitter_ratio=1.6), {7}),
-            (training(0.2, 0.09, shape_error=0.1), {8}),
-        )
-    }
-    for verdict, places in failed.items():
-        assert {place for place, gate in enumerate(verdict.gates) if not gate.passed} == places
+def pair(sgmd: list[Curve], dmd2: list[Curve]) -> dict[str, list[Curve]]:
+    return {SGMD: sgmd, DMD2: dmd2}
+
+
+def failed(verdict: Verdict) -> set[int]:
+    return {place for place, gate in enumerate(verdict.gates) if not gate.passed}
+
+
+def test_acceptance_is_of_cost() -> None:
+    good = pair([FINE, FINE], [SLOW, SLOW])
+    assert judge_acceptance(good, good).passed
+    assert failed(judge_acceptance(pair([FINE, SLOW], [SLOW, SLOW]), good)) == {0, 1}, "one seed takes as many passes"
+    assert failed(judge_acceptance(pair([FINE, training(0.2, 0.15)], [SLOW, SLOW]), good)) == {0, 1, 2}, "never there"
+
+
+@pytest.mark.parametrize(
+    "ours, places",
+    [
+        (training(0.2, 0.15), {3, 4}),
+        (training(0.2, 0.09, motion_ratio=1.3), {5, 6}),
+        (training(0.2, 0.09, jitter_ratio=1.9), {7}),
+        (training(0.2, 0.09, shape_error=0.1), {8}),
+    ],
+)
+def test_acceptance_is_of_quality(ours: Curve, places: set[int]) -> None:
+    soon = pair([FINE, FINE], [SLOW, SLOW])
+    assert failed(judge_acceptance(soon, pair([FINE, ours], [SLOW, SLOW]))) == places
 
 
 def test_a_dmd2_that_never_gets_there_counts_with_its_whole_training() -> None:
-    verdict = judge_acceptance([GOOD], [training(0.2, 0.18, 0.15, motion_ratio=0.9)])
+    never = training(0.2, 0.18, 0.15, motion_ratio=0.9)
+    verdict = judge_acceptance(pair([FINE], [never]), pair([FINE], [SLOW]))
     assert verdict.gates[0].value == pytest.approx(0.5)
 
 
