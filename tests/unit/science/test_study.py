@@ -51,6 +51,14 @@ def test_each_method_takes_its_best_learning_rate_by_seeds_that_give_no_result(m
     assert {job.seed for job in tuning} == {1000, 1001} and [job.seed for job in results] == [0, 1, 2] * 2
 
 
+def test_a_training_is_good_at_any_time_if_it_is_good_soon() -> None:
+    def training(*quality: float) -> Curve:
+        return Curve("w", "m", 1e-3, 0, [Point(i, 10.0 * i, i, {"swd": swd}) for i, swd in enumerate(quality)])
+
+    assert training(0.4, 0.2, 0.3, 0.1).anytime() == pytest.approx((0.4 + 0.2 + 0.2 + 0.1) / 4)
+    assert training(0.4, 0.1, 0.5, 0.5).anytime() < training(0.4, 0.3, 0.2, 0.1).anytime()
+
+
 def test_a_wrong_name_is_named() -> None:
     with pytest.raises(UserError, match=r"--methods 'SGDM': no such name; allowed: SGMD, .*did you mean 'SGMD'"):
         study.full_study("ring", 4, ["SGDM"])
@@ -62,5 +70,5 @@ def test_the_quick_benchmark_runs_every_method_in_every_world(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} >= {"results.json", "tables.md", "ring.png", "tiny_wan.png"}
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ") and "---" not in line]
-    assert len(rows) == 2 * (len(METHODS) + 1) + 3, "two worlds of all methods, one of two, with their heads"
+    assert len(rows) == 2 * (2 * (len(METHODS) + 1) + 3), "two tables: two worlds of all methods, one of two, and heads"
     assert "diverged" not in done.stdout
