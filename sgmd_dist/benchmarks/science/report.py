@@ -156,17 +156,22 @@ def _last_and_best(curves: Sequence[Curve]) -> tuple[list[Point], list[Point]]:
 
 
 def plot(world: str, methods: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """Quality against passes: the mean over the seeds, and their range."""
-    from matplotlib.figure import Figure  # an extra; nothing else needs it
+    """Quality against passes: the mean over the seeds, and of few methods their range."""
+    from matplotlib import colormaps  # an extra; nothing else needs it
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
+    palette = colormaps["tab20" if len(methods) > 10 else "tab10"]
+    axes.set_prop_cycle(color=[palette(i) for i in range(palette.N)])
     for name, curves in methods.items():
         length = min(len(curve.points) for curve in curves)
         columns = [[curve.points[i] for curve in curves] for i in range(length)]
         passes = [fmean(point.passes for point in column) for column in columns]
         values = [[point.scores["swd"] for point in column] for column in columns]
         (line,) = axes.plot(passes, [fmean(column) for column in values], label=name)
+        if len(methods) > 5:
+            continue
         axes.fill_between(passes, [*map(min, values)], [*map(max, values)], color=line.get_color(), alpha=0.12)
     axes.set(title=world, xlabel="network passes per sample", ylabel="sliced Wasserstein distance to the teacher")
     if all(point.scores["swd"] > 0 for curves in methods.values() for curve in curves for point in curve.points):
