@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks, run_ranks
-from running import State, max_difference, parameter_difference, train, train_command
+from loguru import logger
+from ranks import run_ranks
+from running import State, max_difference, parameter_difference, train
 
 from sgmd_dist import checkpoint, rng
 from sgmd_dist.assemble import build_model, load_network, load_weights
@@ -82,18 +85,24 @@ def test_to_watch_changes_nothing_of_the_training(recipe_path: Path, watched: tu
     assert not ratios(recipe_path)
 
 
-def test_a_ratio_out_of_bounds_saves_and_ends_the_training_on_all_ranks(recipe_path: Path, capfd) -> None:
+def train_and_log(recipe_path: Path, overrides: Sequence[str]) -> None:
+    """Train to the end, which must be a success, and keep what the rank has to say."""
+    logger.add(recipe_path.parent / f"rank{os.environ['RANK']}.log", format="{message}", level="WARNING")
+    train(recipe_path, overrides)
+
+
+def test_a_ratio_out_of_bounds_saves_and_ends_the_training_on_all_ranks(recipe_path: Path) -> None:
     """Ended by its own rule, a run is done: exit code 0, so that a batch script does not requeue it."""
     always = "health.motion={every: 2, samples: 3, teacher_steps: 1, lowest: 1, highest: 1, stop: true}"
-    ranks = Ranks(2, train_command, recipe_path, ["run.steps=9", always])
-    for process in ranks.processes:
-        process.join(120)
-    assert [process.exitcode for process in ranks.processes] == [0, 0]
+    run_ranks(2, train_and_log, recipe_path, ["run.steps=9", always])
     assert [path.name for path in checkpoint.committed(run_dir(recipe_path))] == ["step-00000002"]
     assert list(ratios(recipe_path)) == [2]
-    output = capfd.readouterr().err
-    assert output.count("of the teacher's, out of health.motion's 1 to 1") == 1
-    assert "this ends the training" in output
+    first, second = ((recipe_path.parent / f"rank{rank}.log").read_text() for rank in range(2))
+    assert re.fullmatch(
+        r"step 2: latent motion is .* of the teacher's, out of health.motion's 1 to 1: .*; this ends the training\n",
+        first,
+    )
+    assert second == ""
 
 
 def test_the_teachers_motion_is_measured_once_for_a_run_folder(recipe_path: Path) -> None:
