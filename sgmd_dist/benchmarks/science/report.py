@@ -13,7 +13,7 @@ from sgmd_dist.benchmarks.science.methods import DMD2
 from sgmd_dist.benchmarks.science.training import Curve, Point
 from sgmd_dist.durable import write_durably
 
-_BESIDES = ("speed_ratio", "fast_ratio", "jitter_ratio", "mode_coverage", "precision", "shape_error")
+_BESIDES = ("motion_ratio", "speed_ratio", "fast_ratio", "jitter_ratio", "mode_coverage", "precision", "shape_error")
 
 
 @dataclass

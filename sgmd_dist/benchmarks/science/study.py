@@ -193,7 +193,7 @@ def quick_study(world: str, num_seeds: int, methods: Sequence[str] | None = None
         UserError: there is no such method.
     """
     names = known(methods, (SGMD, DMD2) if world == "tiny_wan" else tuple(METHODS), "--methods")
-    budget = Budget(25, 1, 32, 64) if world == "tiny_wan" else Budget(100, 2, 256, 256)
+    budget = Budget(20, 1, 32, 64) if world == "tiny_wan" else Budget(50, 1, 256, 256)
     return Study(world, names, LEARNING_RATES[world][-2:-1], min(num_seeds, 2), 0, budget)
 
 
