@@ -66,8 +66,7 @@ class Trainer(Stepper):
         """Continue where `run.resume` says: the newest committed checkpoint, a given one, or nowhere."""
         found = begin(self.recipe, self.roles, is_main=self.mesh.is_main)
         if found is not None:
-            self.stream.load_state_dict(found.meta.stream)
-            self.step = found.meta.step
+            self._continue_from(found)
             logger.info("resumed {} at step {}", found.path, self.step)
         self._rollbacks = Rollbacks(self.run_dir, self.recipe.health, self.recipe.run.seed, is_main=self.mesh.is_main)
         self.noise_seed = self._rollbacks.noise_seed
@@ -91,24 +90,25 @@ class Trainer(Stepper):
 
     def _train(self) -> End:
         steps, every = self.recipe.run.steps, self.recipe.checkpoint.every
+        end: End = "done"
         with self._open_log() as log:
             while self.step < steps:
                 self.train_step()
                 stopping = self._settle()
                 ended = self._motion_ends_it()
                 if self._log(log, at_once=stopping or ended) >= self.recipe.health.max_skipped:
-                    self.saver.wait()
-                    return "failing"
+                    end = "failing"
+                    break
                 if self.step % every == 0 or self.step == steps or stopping or ended:
                     self.save()
                 if ended:
                     break
                 if stopping and self.step < steps:
                     logger.warning("asked to stop: saved step {}, exit code {}", self.step, EXIT_PREEMPTED)
-                    self.saver.wait()
-                    return "stopped"
+                    end = "stopped"
+                    break
             self.saver.wait()
-        return "done"
+        return end
 
     def _settle(self) -> bool:
         """Let all ranks know what happened to some in the last step; True if the run is to stop. Collective."""
@@ -122,10 +122,14 @@ class Trainer(Stepper):
 
     def _go_back(self) -> None:
         """To the newest checkpoint, to go on with new noise. Collective; raises as `Rollbacks.go_back`."""
-        found = self._rollbacks.go_back(self.roles, self.step)
-        self.stream.load_state_dict(found.meta.stream)
-        self.step, self.noise_seed = found.meta.step, self._rollbacks.noise_seed
+        self._continue_from(self._rollbacks.go_back(self.roles, self.step))
+        self.noise_seed = self._rollbacks.noise_seed
         self._skipped_in_a_row.clear()
+
+    def _continue_from(self, found: checkpoint.Loaded) -> None:
+        """Bring data and step to where the loaded checkpoint is."""
+        self.stream.load_state_dict(found.meta.stream)
+        self.step = found.meta.step
 
     def _open_log(self) -> RunLog:
         return RunLog(

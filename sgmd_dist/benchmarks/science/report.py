@@ -147,12 +147,9 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def targets_of(curves: Sequence[Curve]) -> list[float]:
     """What others are timed to: the mean over the seeds of the last swd, and of the best, to three digits."""
-    last, best = (fmean(point.scores["swd"] for point in column) for column in _last_and_best(curves))
+    last = fmean(curve.points[-1].scores["swd"] for curve in curves)
+    best = fmean(curve.best().scores["swd"] for curve in curves)
     return list(dict.fromkeys((round(last, 3), round(best, 3))))
-
-
-def _last_and_best(curves: Sequence[Curve]) -> tuple[list[Point], list[Point]]:
-    return [curve.points[-1] for curve in curves], [curve.best() for curve in curves]
 
 
 def plot(world: str, methods: Mapping[str, Sequence[Curve]], path: Path) -> None:
