@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import socket
 
 IMPORTED = [
     "pytest",  # of the files whose functions the processes run
@@ -32,3 +33,12 @@ def keep_what_was_imported() -> None:
     """Call it first in a forked process: garbage collection passes over what came with the fork. To go through all that
     was imported takes 0.3 s each time, a third of a short run."""
     gc.freeze()
+
+
+def launchers(world_size: int) -> list[dict[str, str]]:
+    """What torchrun sets in the environment of each rank, for one new group of ranks on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(world_size)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import runpy
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from forking import context, keep_what_was_imported
+from forking import context, keep_what_was_imported, launchers
 
 REPO = Path(__file__).parents[2]
 TIMEOUT_S = 300
@@ -60,12 +59,13 @@ def run_forked(command: str) -> Done:
         TimeoutError: it did not end within `TIMEOUT_S`; it was killed.
     """
     program, *arguments = shlex.split(command)
-    num_ranks = int(arguments.pop(0).removeprefix("--nproc-per-node=")) if program == "torchrun" else None
+    nothing: dict[str, str] = {}
+    ranks = int(arguments.pop(0).removeprefix("--nproc-per-node=")) if program == "torchrun" else 0
     assert program in ("python", "torchrun") and arguments[0].startswith("launch/"), f"to be run by run(): {command}"
     with tempfile.NamedTemporaryFile(mode="r") as output:
         processes = [
             context.Process(target=_launch, args=(output.name, arguments, launcher))
-            for launcher in _launchers(num_ranks)
+            for launcher in launchers(ranks) or [nothing]
         ]
         for process in processes:
             process.start()
@@ -78,17 +78,6 @@ def run_forked(command: str) -> Done:
                 process.join()
             raise TimeoutError(f"{command}: no end within {TIMEOUT_S} s\n{output.read()}")
         return Done(max((process.exitcode or 0 for process in processes), key=abs), output.read())
-
-
-def _launchers(num_ranks: int | None) -> list[dict[str, str]]:
-    """What torchrun sets for each rank; of `python` nothing is set."""
-    if num_ranks is None:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(num_ranks)]
 
 
 def _launch(output: str, arguments: list[str], launcher: dict[str, str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import torch
-from forking import context, keep_what_was_imported
+from forking import context, keep_what_was_imported, launchers
 
 DEADLINE_S = 240.0
 
@@ -26,12 +25,11 @@ class Ranks:
     """`world_size` running processes that each call `function(*args)` with a launcher's environment."""
 
     def __init__(self, world_size: int, function: Callable[..., Any], *args: Any) -> None:
-        port = _free_port()
         self._receivers: list[Connection] = []
         self.processes: list[ForkServerProcess] = []
-        for rank in range(world_size):
+        for launcher in launchers(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_main, args=(sender, rank, world_size, port, function, args), daemon=True)
+            process = context.Process(target=_main, args=(sender, launcher, function, args), daemon=True)
             process.start()
             sender.close()
             self._receivers.append(receiver)
@@ -72,12 +70,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     return Ranks(world_size, function, *args).join()
 
 
-def _main(sender: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any) -> None:
+def _main(sender: Connection, launcher: dict[str, str], function: Callable[..., Any], args: Any) -> None:
     keep_what_was_imported()
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(launcher)
     try:
         buffer = io.BytesIO()
         torch.save(function(*args), buffer)  # plain pickling would share memory that dies with this process
@@ -97,9 +93,3 @@ def _receive(receiver: Connection, rank: int) -> Any:
     if not succeeded:
         raise RankError(f"rank {rank} failed:\n{value}")
     return torch.load(io.BytesIO(value), weights_only=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
