@@ -62,13 +62,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path) -> Path:
 
 @pytest.fixture
 def recipe_path(tmp_path: Path, write_recipe: Callable[[Path], Path]) -> Path:
-    """A recipe for 1, 2 or 4 ranks in a folder of the test's own."""
+    """A recipe for 1 or 2 ranks in a folder of the test's own."""
     return write_recipe(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def write_recipe(wan_folder: Path, shards: Path) -> Callable[[Path], Path]:
-    """Writes a recipe of 5 steps of 4 micro-batches, with its run folder beside it."""
+    """Writes a recipe of 5 steps of 2 micro-batches, with its run folder beside it."""
     return lambda folder: _write_recipe(folder, wan_folder, shards)
 
 
@@ -80,7 +80,7 @@ def _write_recipe(folder: Path, wan_folder: Path, shards: Path) -> Path:
         "model": {"family": "wan", "pretrained": str(wan_folder), "compute_dtype": "float32", "text_tokens": 8},
         "objective": {"name": "sgmd"},
         "optim": {"generator": adamw, "fake_score": {**adamw, "lr": 2e-3}, "max_grad_norm": 0.5, "ema": {"decay": 0.9}},
-        "data": {"shards": str(shards), "global_batch_size": 4, "micro_batch_size": 1, "lanes": 3, "window": 16},
+        "data": {"shards": str(shards), "global_batch_size": 2, "micro_batch_size": 1, "lanes": 3, "window": 16},
         "parallel": {"activation_checkpointing": "none"},
         "checkpoint": {"every": 100},
         "logging": {"tensorboard": False},

@@ -115,9 +115,10 @@ def test_ranks_with_different_shards_are_refused(recipe_path: Path, shards: Path
 
 
 def test_a_run_goes_on_with_another_micro_batch_in_the_middle_of_an_epoch(recipe_path: Path) -> None:
-    run_ranks(1, train, recipe_path, ["run.steps=2"])
-    run_ranks(2, train, recipe_path, ["run.steps=3", "data.micro_batch_size=2", "data.lanes=2"])
-    run_ranks(1, train, recipe_path, ["run.steps=4", "data.micro_batch_size=2", "data.lanes=2"])
+    four, other = "data.global_batch_size=4", ["data.micro_batch_size=2", "data.lanes=2"]
+    run_ranks(1, train, recipe_path, [four, "run.steps=2"])
+    run_ranks(2, train, recipe_path, [four, *other, "run.steps=3"])
+    run_ranks(1, train, recipe_path, [four, *other, "run.steps=4"])
     run_dir = recipe_path.parent / "run"
     units = [line["data/unit"] for line in metrics_of(run_dir)]
     assert units == [8, 16, 20, 24], "8 units of 1 sample a step, then 4 of 2"
@@ -127,15 +128,15 @@ def test_a_run_goes_on_with_another_micro_batch_in_the_middle_of_an_epoch(recipe
 
 
 def test_a_run_mixes_its_shards_and_resumes(recipe_path: Path, shards: Path, tmp_path: Path) -> None:
-    """Two entries at 3 to 1, some 8 samples of each."""
+    """Two entries at 3 to 1, some 4 samples of each."""
     one, two = sorted(str(path) for path in shards.glob("*.tar"))
-    mixed = [f"data.shards=[{one},{two}]", "data.weights=[3,1]", "data.max_samples=16", "objective.inner_sample=reuse"]
+    mixed = [f"data.shards=[{one},{two}]", "data.weights=[3,1]", "data.max_samples=8", "objective.inner_sample=reuse"]
     run_ranks(1, train, recipe_path, [*mixed, "run.steps=3"])
     state = run_ranks(2, train, recipe_path, [*mixed, "run.steps=5"])[0]
     quiet = run_ranks(1, train, recipe_path, [*mixed, "run.steps=5", f"run.dir={tmp_path}/quiet"])[0]
     assert parameter_difference(state, quiet) < 1e-6
     resumed, alone = metrics_of(recipe_path.parent / "run"), metrics_of(tmp_path / "quiet")
     assert resumed == [pytest.approx(line, rel=1e-4) for line in alone]
-    assert resumed[-1]["data/unit"] == 20 and resumed[-1]["data/epoch/0"] >= 1
+    assert resumed[-1]["data/unit"] == 10 and resumed[-1]["data/epoch/0"] >= 1
     with pytest.raises(RankError, match=r"UserError: .*weights is None, the checkpoint's \[3.0, 1.0\] \(set data.weights"):
         run_ranks(1, train, recipe_path, [mixed[0], *mixed[2:], "run.steps=6"])

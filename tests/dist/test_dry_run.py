@@ -22,8 +22,8 @@ from sgmd_dist.trainer import Trainer
 ROTARY_BYTES = 2 * 32 * 12 * 4  # two tables of 32 places x 12 numbers, whole on every rank
 LAYOUTS = {
     "shards": (2, []),
-    "replicas of shards": (4, ["parallel.dp_replicate=2"]),
-    "shared sequences": (4, ["parallel.ulysses=2", "parallel.ring=2"]),
+    "replicas of shards": (4, ["data.global_batch_size=4", "parallel.dp_replicate=2"]),
+    "shared sequences": (4, ["data.global_batch_size=1", "parallel.ulysses=2", "parallel.ring=2"]),
     "recomputed": (2, ["parallel.activation_checkpointing=block", "objective.inner_sample=reuse"]),
 }
 
@@ -110,8 +110,9 @@ def test_a_shape_that_depends_on_the_rank_is_caught(recipe_path: Path) -> None:
 
 def test_the_bytes_of_a_rank_are_those_of_its_shards(recipe_path: Path) -> None:
     """4 bytes a number in all three networks and the EMA, 8 for the moments of the two that are trained."""
+    overrides = ["data.global_batch_size=4", "parallel.activation_checkpointing=block"]
     for num_ranks in (1, 4):
-        (traced,) = dry(recipe_path, ["parallel.activation_checkpointing=block"], num_ranks, [0])
+        (traced,) = dry(recipe_path, overrides, num_ranks, [0])
         numbers = local_numbers(recipe_path, num_ranks)
         for part in traced.last_step:
             assert part.peak["parameters"] == 3 * (4 * numbers + ROTARY_BYTES)

@@ -28,9 +28,10 @@ LAYOUTS = {
     "hsdp 2 x 2": (4, ["parallel.dp_replicate=2"]),
 }
 VARIANTS = {
-    "one group": ["data.global_batch_size=4"],
+    "one group": ["data.global_batch_size=4", "run.steps=3"],
     "diversity, two groups, reuse": [
         "data.global_batch_size=4",
+        "run.steps=3",
         "objective.exit_groups=2",
         "objective.diversity.weight=0.05",
         "objective.inner_sample=reuse",

@@ -21,14 +21,14 @@ from sgmd_dist.recipe_file import load_recipe
 TOLERANCE = 1e-6
 OBJECTIVE = "objective={name: dmd2, fake_updates: 2, inner_sample: reuse}"
 GAN = "objective.gan={weight: 0.3, fake_weight: 0.5, r1_weight: 0.2, width: 8, lr_ratio: 3.0}"
-SHORT = [OBJECTIVE, GAN, "data.global_batch_size=4", "run.steps=3"]
+SHORT = [OBJECTIVE, GAN, "run.steps=3"]
 VARIANTS = {
     "fresh": ["objective.inner_sample=fresh"],
     "the head alone": ["objective.gan.trains_blocks=false"],
 }
 LAYOUTS = {
     "2 ranks, block": (2, ["parallel.activation_checkpointing=block", "parallel.reshard_after_forward=false"]),
-    "dp_replicate 2 x dp_shard 2": (4, ["parallel.dp_replicate=2"]),
+    "dp_replicate 2 x dp_shard 2": (4, ["data.global_batch_size=4", "parallel.dp_replicate=2"]),
     "ulysses 2": (2, ["parallel.ulysses=2", "parallel.activation_checkpointing=block"]),
     "ring 3, selective": (3, ["parallel.ring=3", "parallel.activation_checkpointing=selective"]),
 }
