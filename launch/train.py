@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sgmd_dist.errors import (
     EXIT_DONE,
@@ -18,6 +19,11 @@ from sgmd_dist.errors import (
     positive_int,
     reports_user_errors,
 )
+from sgmd_dist.preemption import stop_requests
+
+if TYPE_CHECKING:
+    from sgmd_dist.layout import Layout
+    from sgmd_dist.recipe import Recipe
 
 
 @reports_user_errors
@@ -51,28 +57,50 @@ def main() -> int:
         parser.error("--rank is for --dry-run")
     if args.dry_run:
         return _dry_run(args)
+    if args.check:
+        _planned(args)
+        return EXIT_DONE
+    with stop_requests():  # imports take seconds, and large networks minutes to load: a signal must not be lost then
+        return _train(args)
 
+
+def _planned(args: argparse.Namespace) -> tuple[Recipe, Layout]:
+    """The recipe and its layout, checked, with the plan on the main rank's stdout."""
     from sgmd_dist import preflight
-    from sgmd_dist.logs import setup_logging
-    from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
+    from sgmd_dist.parallel.mesh import world_size
     from sgmd_dist.recipe_file import load_recipe
-    from sgmd_dist.trainer import Trainer
 
     recipe = load_recipe(args.recipe, args.overrides)
     layout = recipe.layout(args.world_size or world_size())
     plan = preflight.check(recipe, layout)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
+    if _rank() == 0:
         print("\n".join(plan), flush=True)
-    if args.check:
-        return 0
-    setup_logging(Path(recipe.run.dir), rank)
-    with process_group() as device:
-        trainer = Trainer(recipe, build_mesh(layout, device))
+    return recipe, layout
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _train(args: argparse.Namespace) -> int:
+    from sgmd_dist.logs import setup_logging
+    from sgmd_dist.parallel.lost_ranks import naming_lost_ranks, record_collectives
+    from sgmd_dist.parallel.mesh import build_mesh, process_group
+    from sgmd_dist.trainer import Trainer
+
+    recipe, layout = _planned(args)
+    run_dir, timeout_s = Path(recipe.run.dir), recipe.health.timeout
+    setup_logging(run_dir, _rank())
+    record_collectives(run_dir)
+    with process_group(timeout_s) as device:
+        trainer = None
         try:
-            return trainer.fit()
+            with naming_lost_ranks(run_dir, timeout_s):
+                trainer = Trainer(recipe, build_mesh(layout, device))
+                return trainer.fit()
         finally:
-            trainer.close()
+            if trainer is not None:
+                trainer.close()
             del trainer
 
 

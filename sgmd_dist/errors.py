@@ -22,6 +22,11 @@ class UserError(ValueError):
     """
 
 
+def describe(error: BaseException) -> str:
+    """The kind of an exception and the first sentence of its message: torch goes on with advice that is none here."""
+    return f"{type(error).__name__} {' '.join(str(error).split()).partition('. ')[0]}".strip()
+
+
 def reports_user_errors(main: Callable[[], int | None]) -> Callable[[], int]:
     """Wrap a command's `main`: print a `UserError` as one message on stderr and return exit code 2."""
 

@@ -40,8 +40,15 @@ def check(recipe: Recipe) -> None:
     """Refuse what cannot be watched.
 
     Raises:
-        UserError: `health.motion` is set, and the objective trains no few-step generator.
+        UserError: `health.motion` is set, and the objective trains no few-step generator; a rank could wait for data
+            longer than the others wait for it.
     """
+    patience, read_timeout = recipe.health.timeout, recipe.data.read_timeout
+    if read_timeout >= patience:
+        raise UserError(
+            f"data.read_timeout = {read_timeout:g} s, health.timeout = {patience:g} s: a rank that waits for data must"
+            " give up before the others give it up; lower data.read_timeout or raise health.timeout"
+        )
     if recipe.health.motion is not None:
         _chain(recipe)
 

@@ -21,8 +21,12 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch the signals of a batch system within the context, instead of ending at once."""
-    request = StopRequest()
+    """Catch the signals of a batch system within the context, instead of ending at once.
+
+    Within another such context the request is that one's: what arrived since it began counts.
+    """
+    outer = getattr(signal.getsignal(SIGNALS[0]), "__self__", None)
+    request = outer if isinstance(outer, StopRequest) else StopRequest()
     before = {number: signal.signal(number, request.handle) for number in SIGNALS}
     try:
         yield request

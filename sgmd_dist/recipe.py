@@ -20,7 +20,6 @@ from sgmd_dist.section import Section, wrong
 
 RoleName = Literal["teacher", "generator", "fake_score"]
 DType = Literal["bfloat16", "float32"]
-COLLECTIVE_TIMEOUT_S = 1800  # a rank that waits for data must give up before the others give it up
 AttentionBackend = Literal[
     "auto", "flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "flash", "efficient", "math"
 ]
@@ -215,7 +214,7 @@ class DataSection(Section):
     weights: list[Annotated[float, Field(gt=0)]] | None = None
     max_samples: int | None = Field(default=None, ge=1)
     retries: int = Field(default=4, ge=0, le=100)
-    read_timeout: float = Field(default=300.0, gt=0, lt=COLLECTIVE_TIMEOUT_S, description="seconds below 1800")
+    read_timeout: float = Field(default=300.0, gt=0, description="seconds below health.timeout")
     crc: bool = True
     cache: str | None = None
     cache_gb: float = Field(default=200.0, gt=0)
@@ -319,11 +318,13 @@ class MotionSection(Section):
 class HealthSection(Section):
     """What is watched beside the losses, and what follows. An update whose gradients are not finite is skipped on all
     ranks; after `max_skipped` of a role in a row the run goes back to its last checkpoint, with new noise, at most
-    `rollbacks` times. `motion: null` watches no samples.
+    `rollbacks` times. `motion: null` watches no samples. A collective that some rank has not joined after `timeout`
+    seconds ends the run, and the log names that rank.
     """
 
     max_skipped: int = Field(default=20, ge=1)
     rollbacks: int = Field(default=3, ge=0)
+    timeout: float = Field(default=1800.0, gt=0)
     motion: MotionSection | None = None
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sgmd_dist.errors import UserError
+from sgmd_dist.errors import UserError, describe
 
 T = TypeVar("T")
 
@@ -43,8 +43,3 @@ def failure_of(error: CheckpointException) -> RankFailure:
     """What DCP, which tells every rank of every rank's exception, says of the first."""
     rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
     return RankFailure(f"rank {rank}: {describe(cause)}")
-
-
-def describe(error: BaseException) -> str:
-    """The kind of an exception and the first sentence of its message: torch goes on with advice that is none here."""
-    return f"{type(error).__name__} {' '.join(str(error).split()).partition('. ')[0]}".strip()

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from sgmd_dist.checkpoint import folder
-from sgmd_dist.checkpoint.agreement import describe
 from sgmd_dist.checkpoint.folder import DamagedCheckpoint, Meta, damaged
 from sgmd_dist.checkpoint.loading import read_metadata
 from sgmd_dist.checksum import sum_of_bits, wrap
-from sgmd_dist.errors import UserError
+from sgmd_dist.errors import UserError, describe
 
 _HEAD = ("tree", "tensors", "elements", "bytes")
 

@@ -17,9 +17,8 @@ from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_gr
 
 from sgmd_dist.errors import UserError
 from sgmd_dist.layout import Layout
-from sgmd_dist.recipe import COLLECTIVE_TIMEOUT_S
 
-TIMEOUT = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+TIMEOUT_S = 1800.0
 _LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -86,11 +85,14 @@ def _is_launched() -> bool:
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
+def process_group(timeout_s: float = TIMEOUT_S) -> Iterator[torch.device]:
     """Join the launcher's process group for the length of the context; yields this rank's device.
 
     Without a launcher (`python launch/train.py`) the group has this process alone. CUDA ranks also get a gloo
     group for CPU tensors.
+
+    Args:
+        timeout_s: after which a collective that some rank does not join fails on the others.
 
     Raises:
         UserError: the environment is half a launcher's, or there are more ranks than GPUs.
@@ -105,7 +107,7 @@ def process_group() -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if is_launched:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
