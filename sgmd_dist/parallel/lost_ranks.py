@@ -1,7 +1,7 @@
 """Which rank a failure came from: of 64 ranks that report a broken collective, 63 tell nothing of the cause.
 
-    run.dir/logs/failure-<start of the run>/rank00003.json  what rank 3 was at when it, or another rank, failed
-    run.dir/logs/failure-<start of the run>/trace_3         its last collectives, for `torchfrtrace`
+    run.dir/logs/failure-<start of the run>/rank00003.json   what rank 3 was at when it, or another rank, failed
+    run.dir/logs/failure-<start of the run>/trace00003.json  its last collectives, by torch's flight recorder
 
 A rank that cannot go on leaves a note. The others look for notes in a thread of their own, also while they wait in a
 collective, and leave theirs. A rank that has left none after a while has died or hangs.
@@ -108,7 +108,7 @@ def findings(places: list[Place], notes: dict[int, Note], folder: Path) -> str:
     else:
         first = min((note for note in notes.values() if note.error is not None), key=lambda note: note.at)
         cause = f"{places[first.rank]} failed first: {first.error}"
-    return f"{cause}. What each rank was at: {folder}; torchfrtrace --prefix trace_ {folder} compares their collectives"
+    return f"{cause}. What each rank was at, and its last collectives: {folder}"
 
 
 class _Notes:
@@ -134,7 +134,7 @@ class _Notes:
             if self._own.exists() and error is None:
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / f"trace_{self._rank}").write_bytes(_RECORDER._dump_fr_trace())
+            (self.folder / f"trace{self._rank:05d}.json").write_bytes(_RECORDER._dump_fr_trace_json())
             note = Note(self._rank, error, _last_collective(), time.time())
             write_durably(self._own, (json.dumps(asdict(note)) + "\n").encode())
 

@@ -107,7 +107,8 @@ def test_a_preempted_job_saves_returns_to_the_queue_and_ends_as_if_undisturbed(
     job.prints("stopped with everything saved; back into the queue")
     job.is_in("PENDING")
     (saved,) = (run_dir / "checkpoints").iterdir()
-    cluster.run("scontrol", "update", f"JobId={job.id}", "StartTime=now")  # Slurm waits two minutes by itself
+    # By itself Slurm waits two minutes; a start in the second in which it took the job back would be refused.
+    cluster.run("scontrol", "update", f"JobId={job.id}", "StartTime=now+3")
 
     ended = job.ends()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), job.everything()

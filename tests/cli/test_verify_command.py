@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from commands import REPO, run
+from commands import REPO, run_forked
 from webdataset.writer import TarWriter
 
 from sgmd_dist.data.index import ShardIndex
@@ -51,10 +51,10 @@ def call(prepare: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: objec
 
 
 def test_foreign_shards_become_a_data_set_and_verify_is_clean(fastgen: Path) -> None:
-    done = run(f"python launch/prepare.py index {fastgen} --negative-prompt-from {fastgen}/neg_prompt_emb.npy")
+    done = run_forked(f"python launch/prepare.py index {fastgen} --negative-prompt-from {fastgen}/neg_prompt_emb.npy")
     assert done.code == 0 and f"{fastgen}/index.json: 2 shards, 6 samples by bucket: 3x2x4x4 6" in done.output
     assert ShardIndex.open(fastgen).negative_prompt().shape == (8, 32)
-    done = run(f"python launch/prepare.py verify {fastgen} --threads 2")
+    done = run_forked(f"python launch/prepare.py verify {fastgen} --threads 2")
     assert done.code == 0
     assert done.output.splitlines()[-1] == "no mistakes in 2 shards, 0.000 GB; good samples by bucket: 3x2x4x4 6"
 

@@ -50,7 +50,9 @@ def test_a_rank_that_hangs_is_named_within_the_timeout_with_what_the_others_wait
     assert "the other ranks were at gloo:" in line
     assert not errors_in(logs / "rank2.log"), "one rank speaks for all"
     (folder,) = logs.glob("failure-*")
-    assert sorted(path.name for path in folder.iterdir()) == ["rank00000.json", "rank00002.json", "trace_0", "trace_2"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("rank00000.json", "rank00002.json", "trace00000.json", "trace00002.json")
+    ]
 
 
 def test_a_rank_that_dies_is_named(recipe_path: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from commands import run_forked
 
 from sgmd_dist.assemble import build_model
 from sgmd_dist.benchmarks.checkpoint import Report, Timing, random_wan
@@ -40,12 +39,10 @@ def test_the_random_networks_have_about_the_size_that_was_asked_for() -> None:
 
 def test_the_command_measures_saves_beside_steps_and_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    arguments = ["--recipe", "recipes/tiny_sgmd.yaml", "--repeats", "1", "--dir", str(tmp_path), "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "launch/bench.py", "checkpoint", *arguments],
-        cwd=REPO, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_forked(
+        f"python launch/bench.py checkpoint --recipe recipes/tiny_sgmd.yaml --repeats 1 --dir {tmp_path} --out {out}"
+    )
+    assert done.code == 0, done.output
     content = json.loads(out.read_text())
     assert content["synchronous"]["num_bytes"] == content["asynchronous"]["num_bytes"] > 0
     assert content["asynchronous"]["total_s"] >= content["asynchronous"]["stall_s"] > 0

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+
+from commands import run_forked
 
 from sgmd_dist.benchmarks.data import Cost, Report, write_samples
 from sgmd_dist.data.index import ShardIndex
 
-REPO = Path(__file__).parents[2]
 COSTS = [
     Cost("raw read", cpu_ms=0.5, median_cpu_ms=0.6, wall_ms=1.0),
     Cost("stream", cpu_ms=0.7, median_cpu_ms=0.8, wall_ms=0.5),
@@ -19,11 +18,6 @@ COSTS = [
     Cost("stream, 2 threads", cpu_ms=0.75, median_cpu_ms=0.8, wall_ms=0.5),
     Cost("webdataset", cpu_ms=5.0, median_cpu_ms=6.0, wall_ms=8.0),
 ]
-
-
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/bench.py", "data", *arguments]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240)
 
 
 def test_the_table_holds_all_ways_against_the_raw_read_and_the_stream_against_that_of_as_many_threads() -> None:
@@ -48,8 +42,8 @@ def test_the_samples_have_the_size_that_the_budget_is_about(tmp_path: Path) -> N
 
 def test_the_command_measures_all_ways_and_keeps_shards_only_where_it_is_told_to(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    done = bench("--smoke", "--workers", "1", "--out", str(out), "--dir", str(tmp_path / "shards"))
-    assert done.returncode == 0, done.stderr
+    done = run_forked(f"python launch/bench.py data --smoke --workers 1 --out {out} --dir {tmp_path / 'shards'}")
+    assert done.code == 0, done.output
     content = json.loads(out.read_text())
     cpu_ms = {cost["path"]: cost["cpu_ms"] for cost in content["costs"]}
     assert list(cpu_ms) == [
@@ -65,4 +59,4 @@ def test_the_command_measures_all_ways_and_keeps_shards_only_where_it_is_told_to
     assert content["ratios"]["2"] == cpu_ms["stream, 2 threads"] / cpu_ms["raw read, 2 threads"]
     assert content["budget"] == 1.5
     assert content["num_samples"] == 8 == ShardIndex.open(tmp_path / "shards").num_samples
-    assert "the figures say nothing" in done.stdout
+    assert "the figures say nothing" in done.output

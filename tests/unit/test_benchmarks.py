@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import run_forked
 
 from sgmd_dist.benchmarks import attention, kernels
 from sgmd_dist.benchmarks.measure import Ceilings, largest_error
 from sgmd_dist.benchmarks.shapes import SMALL, WAN, Shapes
 from sgmd_kernels.attention import ORDER
 
-REPO = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TINY = {"tiny": Shapes(6, 2, 8, 3, (2, 1, 3, 3))}
-
-
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "launch/bench.py", *arguments], cwd=REPO, capture_output=True, text=True, timeout=240
-    )
 
 
 @pytest.fixture
@@ -122,9 +114,9 @@ def test_the_wan_models_have_the_tokens_of_their_videos():
 @pytest.mark.parametrize("command", ["kernels", "attention"])
 def test_the_command_prints_a_table_and_writes_json(command: str, tmp_path: Path):
     out = tmp_path / "new" / "bench.json"
-    done = bench(command, "--models", "small", "--dtype", "float32", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{command}, float32: device ")
+    done = run_forked(f"python launch/bench.py {command} --models small --dtype float32 --out {out}")
+    assert done.code == 0, done.output
+    assert done.output.startswith(f"{command}, float32: device ")
     content = json.loads(out.read_text())
     assert content["machine"]["torch"] == torch.__version__ and content["ceilings"] is None
     assert {row["model"] for row in content["rows"]} == {"small"}
@@ -132,9 +124,9 @@ def test_the_command_prints_a_table_and_writes_json(command: str, tmp_path: Path
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the models differ")
 def test_a_model_that_is_not_there_is_named():
-    done = bench("kernels", "--models", "small", "wan3")
-    assert done.returncode == 2
-    assert done.stderr == "error: --models wan3: on cpu expected some of 'small', 'small per token'\n"
+    done = run_forked("python launch/bench.py kernels --models small wan3")
+    assert done.code == 2
+    assert done.output == "error: --models wan3: on cpu expected some of 'small', 'small per token'\n"
 
 
 @pytest.mark.gpu

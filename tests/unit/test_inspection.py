@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import run_forked
 
 from sgmd_dist import checkpoint
 from sgmd_dist.errors import UserError
 from sgmd_dist.roles import Roles
 
-REPO = Path(__file__).parents[2]
 FILES = ("meta.json", "recipe.yaml", ".metadata", "__0_0.distcp")
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -79,12 +77,9 @@ def test_a_place_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_exit_code_says_whether_all_are_whole(saved: list[Path], tmp_path: Path) -> None:
-    def command() -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "launch/train.py", "--inspect-checkpoint", str(tmp_path)]
-        return subprocess.run(line, cwd=REPO, capture_output=True, text=True, timeout=240)
-
-    assert command().returncode == 0
+    command = f"python launch/train.py --inspect-checkpoint {tmp_path}"
+    assert run_forked(command).code == 0
     (saved[1] / "recipe.yaml").write_text("run: {}\n")
-    done = command()
-    assert done.returncode == 2
-    assert "recipe.yaml is not what was saved" in done.stdout
+    done = run_forked(command)
+    assert done.code == 2
+    assert "recipe.yaml is not what was saved" in done.output

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from forking import context, keep_what_was_imported, launchers
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[1]
 TIMEOUT_S = 300
 OF_THE_TEST_RUN = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTEST_ADDOPTS")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
