@@ -50,12 +50,14 @@ class Note:
 
     Attributes:
         error: why it cannot go on; None if it only waited when another failed.
+        is_told: the error is a `UserError`, which tells people enough.
         collective: the last one that it began, as "gloo:all_reduce, number 12 of default_pg"; "" before the first.
         at: seconds since 1970, by the node's clock.
     """
 
     rank: int
     error: str | None
+    is_told: bool
     collective: str
     at: float
 
@@ -83,10 +85,10 @@ def naming_lost_ranks(run_dir: Path, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        notes.leave(f"{type(error).__name__}: {error}" if isinstance(error, UserError) else describe(error))
+        notes.leave(error)
         if not isinstance(error, UserError):
             found = notes.wait_for(len(places))
-            is_speaker = here.rank == min(found)
+            is_speaker = here.rank == min(rank for rank, note in found.items() if not note.is_told)
             logger.log("ERROR" if is_speaker else "DEBUG", "{}", findings(places, found, notes.folder))
         raise
     finally:
@@ -128,14 +130,16 @@ class _Notes:
         self._stopped.set()
         self._thread.join()
 
-    def leave(self, error: str | None) -> None:
+    def leave(self, error: Exception | None) -> None:
         """Write this rank's note, unless there is one with as much in it."""
         with self._leaving:
             if self._own.exists() and error is None:
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"trace{self._rank:05d}.json").write_bytes(_RECORDER._dump_fr_trace_json())
-            note = Note(self._rank, error, _last_collective(), time.time())
+            is_told = isinstance(error, UserError)
+            text = f"{type(error).__name__}: {error}" if is_told else error and describe(error)
+            note = Note(self._rank, text, is_told, _last_collective(), time.time())
             write_durably(self._own, (json.dumps(asdict(note)) + "\n").encode())
 
     def wait_for(self, count: int) -> dict[int, Note]:

@@ -83,7 +83,7 @@ def test_a_rank_that_fails_by_itself_is_named_with_its_error(recipe_path: Path) 
 @pytest.mark.parametrize("collective", ["", "gloo:all_reduce, number 7 of default_pg"])
 def test_all_missing_ranks_are_named(collective: str) -> None:
     places = [Place(rank, "n1", 100 + rank) for rank in range(4)]
-    notes = {rank: Note(rank, "RuntimeError timed out", collective, 1.0 + rank) for rank in (0, 2)}
+    notes = {rank: Note(rank, "RuntimeError timed out", False, collective, 1.0 + rank) for rank in (0, 2)}
     text = findings(places, notes, Path("logs/failure"))
     assert text.startswith("no word from rank 1 (node n1, process 101), rank 3 (node n1, process 103)")
     assert (f"the other ranks were at {collective}" in text) == bool(collective)
