@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -116,7 +117,7 @@ def _read_with_base(path: Path, origins: dict[str, str], chain: tuple[Path, ...]
     if not isinstance(base, str):
         raise UserError(f"{path}: base = {_shown(base)}: expected the file name of another recipe")
     parent, chain = path.parent / base, (*chain, path)
-    if not parent.is_file():
+    if not os.path.isfile(parent):  # Path.is_file raises for a name that is too long
         raise UserError(f"{path}: base = {base!r}: no such file {parent}; the name is relative to {path.parent}")
     if parent.resolve() in [child.resolve() for child in chain]:
         circle = " -> ".join(map(str, (*chain, parent)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import runpy
 import shlex
@@ -9,7 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from forking import context, keep_what_was_imported, launchers
@@ -80,14 +84,62 @@ def run_forked(command: str) -> Done:
         return Done(max((process.exitcode or 0 for process in processes), key=abs), output.read())
 
 
+def run_in_turn(commands: list[str]) -> list[Done]:
+    """`run_forked` for hundreds of `python launch/NAME.py ...`: all in one process, one after the other.
+
+    Raises:
+        TimeoutError: not all ended within `TIMEOUT_S`; names the one that did not.
+    """
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_launch_in_turn, args=(sender, commands))
+    process.start()
+    sender.close()
+    done: list[Done] = []
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(done) < len(commands):
+        if not receiver.poll(max(0.0, deadline - time.monotonic())):
+            process.kill()
+            raise TimeoutError(f"{commands[len(done)]}: no end within {TIMEOUT_S} s of the first command's start")
+        done.append(Done(*receiver.recv()))
+    process.join()
+    return done
+
+
+def _launch_in_turn(sender: Connection, commands: list[str]) -> None:
+    keep_what_was_imported()
+    _enter({})
+    for command in commands:
+        output = io.StringIO()
+        with redirect_stdout(output), redirect_stderr(output):
+            code = _exit_code_of(shlex.split(command)[1:])
+        sender.send((code, output.getvalue()))
+
+
+def _exit_code_of(arguments: list[str]) -> int:
+    sys.argv = arguments
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 def _launch(output: str, arguments: list[str], launcher: dict[str, str]) -> None:
     keep_what_was_imported()
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    _enter(launcher)
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _enter(launcher: dict[str, str]) -> None:
+    """The working folder and the environment of a command."""
     for name in (*OF_THE_TEST_RUN, *LAUNCHER_VARIABLES):
         os.environ.pop(name, None)
     os.environ.update(launcher)
     os.chdir(REPO)
-    sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")

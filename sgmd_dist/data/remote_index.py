@@ -37,7 +37,7 @@ def open_remote(entry: str, cache: ShardCache) -> list[tuple[Remote, ShardRecord
     return shards
 
 
-def expanded(entry: str) -> list[str]:
+def expanded(entry: str, key: str = "data.shards") -> list[str]:
     """The addresses or paths of a brace pattern. Raises `UserError` for unbalanced braces.
 
     A command keeps its backslashes.
@@ -46,7 +46,7 @@ def expanded(entry: str) -> list[str]:
         return list(braceexpand.braceexpand(entry, escape=not is_remote(entry)))
     except ValueError:
         raise UserError(
-            f"data.shards: '{redacted(entry)}': unbalanced braces; a pattern is written shard-{{000..099}}.tar"
+            f"{key}: '{redacted(entry)}': unbalanced braces; a pattern is written shard-{{000..099}}.tar"
         ) from None
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 
-import braceexpand
 import torch
 
 from sgmd_dist.data.examine import KIND_IN_WORDS, Kind, describe, read_sample
@@ -25,6 +24,7 @@ from sgmd_dist.data.format import (
 from sgmd_dist.data.index import INDEX_NAME, find_duplicates
 from sgmd_dist.data.members import Mistake, scan_tar
 from sgmd_dist.data.record import ShardRecord, sidecar_path
+from sgmd_dist.data.remote_index import expanded
 from sgmd_dist.errors import UserError
 
 OnBytes = Callable[[int], None]
@@ -115,7 +115,7 @@ def _tars(shards: Sequence[str], indexes: dict[Path, dict[str, ShardRecord]], mi
                 raise UserError(f"{folder}: holds no .tar shards; write the data set with launch/prepare.py")
             found |= dict.fromkeys(folder / name for name in sorted(names))
         elif entry.endswith(".tar") or "{" in entry:
-            found |= dict.fromkeys(Path(path) for path in braceexpand.braceexpand(entry))
+            found |= dict.fromkeys(Path(path) for path in expanded(entry, "shards"))
         else:
             raise UserError(f"{entry}: no such folder, and no .tar; give data sets' folders or tars")
     return list(found)
