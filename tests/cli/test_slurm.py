@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cluster as slurm
@@ -62,10 +62,7 @@ class Job:
 
     def prints(self, text: str) -> None:
         """Wait until the script has said it."""
-        try:
-            slurm.wait_until(lambda: text in self.output, text, ENDS_WITHIN_S)
-        except TimeoutError as error:
-            raise AssertionError(f"{error}\n{self.everything()}") from None
+        wait_until(self, lambda: text in self.output, text)
 
     def is_in(self, *states: str) -> dict[str, str]:
         """Wait until the job is in one of the states; Slurm's fields of it."""
@@ -87,12 +84,12 @@ class Job:
 def wait_for_steps(run_dir: Path, count: int, job: Job) -> None:
     """Wait until so many steps are logged."""
     metrics = run_dir / "metrics.jsonl"
+    wait_until(job, lambda: metrics.exists() and metrics.read_text().count("\n") >= count, f"{count} steps")
 
-    def are_there() -> bool:
-        return metrics.exists() and len(metrics.read_text().splitlines()) >= count
 
+def wait_until(job: Job, condition: Callable[[], bool], what: str) -> None:
     try:
-        slurm.wait_until(are_there, f"{count} steps", ENDS_WITHIN_S)
+        slurm.wait_until(condition, what, ENDS_WITHIN_S)
     except TimeoutError as error:
         raise AssertionError(f"{error}\n{job.everything()}") from None
 
@@ -123,7 +120,7 @@ def test_a_job_that_loses_a_rank_fails_with_a_message_and_the_same_command_conti
     run_dir = tmp_path / "run"
     arguments = (RECIPE, f"run.dir={run_dir}", *SHORTER, "health.timeout=12", "data.read_timeout=10")
     job = Job(cluster, tmp_path, "train.sbatch", *arguments)
-    wait_for_steps(run_dir, 5, job)  # after the first checkpoint
+    wait_until(job, (run_dir / "checkpoints/step-00000004").is_dir, "the first checkpoint")
     os.kill(process_of_rank(cluster, job, 1), signal.SIGKILL)
 
     ended = job.ends()
