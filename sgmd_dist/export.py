@@ -24,7 +24,7 @@ def export_diffusers(weights: dict[str, Tensor], model: VideoModel, folder: Path
         UserError: `folder` exists already or cannot be written, a weight is not finite, or the reloaded tensors
             differ.
     """
-    return _write_verified(weights, folder, partial(model.export, weights), model.read_export)
+    return write_verified(weights, folder, partial(model.export, weights), model.read_export)
 
 
 def export_adapter(weights: dict[str, Tensor], lora: Lora, model: VideoModel, folder: Path) -> int:
@@ -37,15 +37,20 @@ def export_adapter(weights: dict[str, Tensor], lora: Lora, model: VideoModel, fo
     """
     scaled = {name: weight * lora.scale if ".lora_B." in name else weight for name, weight in weights.items()}
     facts = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": [*lora.targets]}
-    return _write_verified(scaled, folder, partial(model.export_adapter, scaled, facts), model.read_adapter)
+    return write_verified(scaled, folder, partial(model.export_adapter, scaled, facts), model.read_adapter)
 
 
-def _write_verified(
+def write_verified(
     weights: dict[str, Tensor],
     folder: Path,
     write: Callable[[Path], None],
     read: Callable[[Path], dict[str, Tensor]],
 ) -> int:
+    """Let `write` fill a folder aside, compare what `read` finds there with `weights`, and give it its name.
+
+    Raises:
+        UserError: see `export_diffusers`.
+    """
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder or remove it")
     if broken := [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]:

@@ -116,11 +116,17 @@ class WanExperts:
 
     def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:
         """Write both transformers' folders, and beside them as much of a pipeline's index as tells what they are."""
+        index = self.export_parts(state_dict, folder)
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         for which, name in FOLDERS.items():
             self.expert.export(_part_of(state_dict, which), folder / name)
         index: dict[str, Any] = {"_class_name": "WanPipeline", **dict.fromkeys(FOLDERS.values(), _CLASS)}
-        index |= {"boundary_ratio": self.boundary_ratio, "expand_timesteps": self.expand_timesteps}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return index | {"boundary_ratio": self.boundary_ratio, "expand_timesteps": self.expand_timesteps}
+
+    def read_parts(self, folder: Path) -> dict[str, Tensor]:
+        return self.read_export(folder)
 
     def export_adapter(self, weights: dict[str, Tensor], facts: dict[str, Any], folder: Path) -> None:
         """One LoRA for each expert: diffusers loads them one by one, `load_into_transformer_2` says which."""

@@ -259,6 +259,15 @@ class VideoModel(RunnableModel, Protocol):
         """Load an exported folder with diffusers' own loader; returns its state dict."""
         ...
 
+    def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+        """Write parameters as the transformers of a pipeline's folder; returns the pipeline's class and what else its
+        model_index.json says of them."""
+        ...
+
+    def read_parts(self, folder: Path) -> dict[str, Tensor]:
+        """Parameters of the transformers of a pipeline's folder."""
+        ...
+
     def export_adapter(self, weights: dict[str, Tensor], facts: dict[str, Any], folder: Path) -> None:
         """Write an adapter's tensors, by diffusers' names, as a LoRA that the family's diffusers pipeline loads.
 

@@ -269,6 +269,19 @@ class Wan:
     def read_export(self, folder: Path) -> dict[str, Tensor]:
         return cast(nn.Module, WanTransformer3DModel.from_pretrained(folder, local_files_only=True)).state_dict()
 
+    def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+        self.export(state_dict, folder / "transformer")
+        return {
+            "_class_name": "WanPipeline",
+            "transformer": ["diffusers", "WanTransformer3DModel"],
+            "transformer_2": [None, None],
+            "boundary_ratio": None,
+            "expand_timesteps": self.expand_timesteps,
+        }
+
+    def read_parts(self, folder: Path) -> dict[str, Tensor]:
+        return self.read_export(folder / "transformer")
+
     def export_adapter(self, weights: dict[str, Tensor], facts: dict[str, Any], folder: Path) -> None:
         WanLoraLoaderMixin.save_lora_weights(
             str(folder), transformer_lora_layers=dict(weights), transformer_lora_adapter_metadata=facts

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import REPO, Done, run, run_forked
+from diffusers import WanPipeline
 from PIL import Image
 
 TRAIN = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_sgmd.yaml"
@@ -42,6 +43,7 @@ NOT_RUN = {
     "make install": "has run",
     ". .venv/bin/activate": "stands in PATH",
     "torchrun --nnodes=8": "needs 8 nodes",
+    "sbatch ": "needs a cluster; test_slurm.py makes one",
     "torchrun --nproc-per-node=8 launch/prepare.py videos": "needs a model; test_prepare_videos.py makes one",
     "tensorboard --logdir runs": "serves until it is stopped",
 }
@@ -111,3 +113,12 @@ def test_sampling_writes_one_video_per_prompt(journey: dict[str, Done], runs: Pa
 def test_the_export_loads_in_diffusers(journey: dict[str, Done]) -> None:
     (command,) = (command for command in journey if command.startswith("python -c"))
     assert journey[command].output.split() == ["4"], "layers of the tiny Wan"
+
+
+def test_the_pipeline_is_a_stock_one_with_the_trained_steps(journey: dict[str, Done], runs: Path) -> None:
+    pipe = WanPipeline.from_pretrained(runs / "tiny_sgmd/pipeline", vae=None, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 96, "width": 96, "num_frames": 29}  # latents 12 x 12 x 8, as no VAE says otherwise
+    videos = pipe("a red ball moving left", num_inference_steps=4, guidance_scale=1.0, output_type="latent", **size)
+    assert videos.frames.shape == (1, 3, 8, 12, 12) and bool(videos.frames.isfinite().all())
+    assert pipe.scheduler.sigmas.tolist() == pytest.approx([1.0, 0.9375, 5 / 6, 0.625, 0.0], abs=1e-6)

@@ -1,0 +1,162 @@
+"""The generator as a whole diffusers pipeline, with a stock scheduler that takes the steps it was trained for.
+
+    OUT/model_index.json  transformer/  (transformer_2/)  scheduler/  vae/  text_encoder/  tokenizer/
+    OUT/README.md         what it is, how to call it, and what it came from
+    OUT/recipe.yaml
+
+VAE, text encoder and tokenizer are copies of the pretrained pipeline's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import __version__ as diffusers_version
+from torch import Tensor
+
+from sgmd_dist import checkpoint, flow
+from sgmd_dist.assemble import Which
+from sgmd_dist.errors import UserError
+from sgmd_dist.export import write_verified
+from sgmd_dist.models.base import VideoModel
+from sgmd_dist.sampling import Source
+
+INDEX = "model_index.json"
+PARTS = ("vae", "text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a pipeline is made from, for its card.
+
+    Attributes:
+        recipe: its resolved YAML.
+        facts: lines of the card's table, name and value.
+        pretrained: the pipeline that its other parts are copied from.
+    """
+
+    recipe: str
+    facts: Mapping[str, str]
+    pretrained: Path | None
+
+
+def origin_of(source: Source, which: Which) -> Origin:
+    """What a checkpoint tells of its weights, with the scores of the run's last evaluation."""
+    meta, recipe = checkpoint.read_meta(source.checkpoint), source.recipe
+    facts = {
+        "run": recipe.run.name,
+        "objective": recipe.objective.name,
+        "step": str(meta.step),
+        "weights": which,
+        "teacher": str(recipe.model.for_role("teacher").pretrained),
+        "data (SHA-256 of the index)": str(meta.stream.get("index_sha256")),
+        "versions": ", ".join(f"{name} {version}" for name, version in meta.versions.items()),
+    }
+    scores = source.checkpoint.parents[1] / "scores.json"
+    if scores.is_file():
+        after = json.loads(scores.read_text(encoding="utf-8"))["after"]
+        facts["last evaluation of the run"] = ", ".join(f"{name} {value:.3f}" for name, value in after.items())
+    return Origin((source.checkpoint / checkpoint.RECIPE_FILE).read_text(encoding="utf-8"), facts, source.pretrained)
+
+
+def export_pipeline(
+    weights: dict[str, Tensor], model: VideoModel, num_steps: int, shift: float, origin: Origin, folder: Path
+) -> int:
+    """Write a pipeline's folder, verify its weights by reloading them; returns their count.
+
+    Args:
+        num_steps, shift: of the chain that the weights were trained for.
+
+    Raises:
+        UserError: see `export.export_diffusers`; or the pretrained pipeline's parts cannot be read.
+    """
+
+    def write(aside: Path) -> None:
+        index = {"_diffusers_version": diffusers_version, **model.export_parts(weights, aside)}
+        made = scheduler(num_steps, shift)
+        made.save_pretrained(aside / "scheduler")
+        index["scheduler"] = ["diffusers", type(made).__name__]
+        for part in PARTS:
+            index[part] = _copy_part(origin.pretrained, part, aside)
+        (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (aside / "recipe.yaml").write_text(origin.recipe, encoding="utf-8")
+        (aside / "README.md").write_text(_card(index["_class_name"], num_steps, shift, origin), encoding="utf-8")
+
+    return write_verified(weights, folder, write, model.read_parts)
+
+
+def scheduler(num_steps: int, shift: float) -> FlowMatchEulerDiscreteScheduler:
+    """diffusers' Euler scheduler whose `set_timesteps(num_steps)` gives `flow.sampling_sigmas(num_steps, shift)`.
+
+    The scheduler spaces its times evenly down to a small one, shifts them and stretches them to `shift_terminal`. That
+    is a Möbius map of the step's number, as the wanted sigmas are, so equal ends and one equal sigma between make all
+    equal, which a shift of the scheduler's own does.
+    """
+    wanted = flow.sampling_sigmas(num_steps, shift)[:-1]
+    if num_steps == 1:
+        return FlowMatchEulerDiscreteScheduler(shift=1.0)
+    low, high = 1e-3, 1e3
+    while num_steps > 2 and high / low > 1 + 1e-12:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if _sigmas(middle, num_steps, wanted[-1])[1] < wanted[1] else (low, middle)
+    return FlowMatchEulerDiscreteScheduler(shift=high if num_steps > 2 else 1.0, shift_terminal=wanted[-1])
+
+
+def _sigmas(shift: float, num_steps: int, terminal: float) -> np.ndarray:
+    """What the scheduler makes of a shift and a terminal sigma."""
+    times = np.linspace(1.0, flow.shift_sigma(1 / flow.NUM_TRAIN_TIMESTEPS, shift), num_steps)
+    rest = 1 - flow.shift_sigma(times, shift)  # type: ignore[type-var]
+    return 1 - rest * (1 - terminal) / rest[-1]
+
+
+def _copy_part(pretrained: Path | None, part: str, folder: Path) -> list[str | None]:
+    """Copy a part of the pretrained pipeline; returns its entry of the index."""
+    source = None if pretrained is None else pretrained / part
+    if source is None or not source.is_dir():
+        return [None, None]
+    try:
+        entry = _class_of(source, part)
+        shutil.copytree(source, folder / part)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{source}: cannot be read as a pipeline's {part} ({error}); mend model.pretrained") from None
+    return entry
+
+
+def _class_of(source: Path, part: str) -> list[str | None]:
+    """Library and class of a part, by its own configuration."""
+    name = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+    config = json.loads((source / name).read_text(encoding="utf-8"))
+    if part == "vae":
+        return ["diffusers", config["_class_name"]]
+    return ["transformers", config["tokenizer_class"] if part == "tokenizer" else config["architectures"][0]]
+
+
+def _card(pipeline: str, num_steps: int, shift: float, origin: Origin) -> str:
+    sigmas = ", ".join(f"{sigma:.4g}" for sigma in flow.sampling_sigmas(num_steps, shift)[:-1])
+    rows = "\n".join(f"| {name} | {value} |" for name, value in origin.facts.items())
+    return f"""---
+library_name: diffusers
+tags: [text-to-video, distillation, sgmd]
+---
+# A video generator of {num_steps} steps, made with sgmd_dist
+
+    from diffusers import {pipeline}
+
+    pipe = {pipeline}.from_pretrained("THIS FOLDER")
+    video = pipe(prompt, num_inference_steps={num_steps}, guidance_scale=1.0).frames[0]
+
+The scheduler takes the sigmas of the training: {sigmas}. Other numbers of steps, and guidance, are not what it was
+trained for.
+
+| | |
+|---|---|
+{rows}
+
+`recipe.yaml` holds every key of the training.
+"""

@@ -1,0 +1,102 @@
+"""An exported pipeline is a stock one, and the stock pipeline gives the videos of our own sampler."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from torch import Tensor
+
+from sgmd_dist import flow
+from sgmd_dist.assemble import build_model, load_network
+from sgmd_dist.errors import UserError
+from sgmd_dist.models.base import VideoModel
+from sgmd_dist.pipeline import Origin, export_pipeline, scheduler
+from sgmd_dist.recipe import Recipe
+from sgmd_dist.rollout import guided, sample
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8])
+def test_the_stock_scheduler_takes_the_trained_sigmas(num_steps: int, shift: float) -> None:
+    made = scheduler(num_steps, shift)
+    made.set_timesteps(num_steps)
+    wanted = torch.tensor(flow.sampling_sigmas(num_steps, shift))
+    assert (made.sigmas.double() - wanted).abs().max() < 1e-6
+    assert (made.timesteps.double() / 1000 - wanted[:-1]).abs().max() < 1e-6
+
+
+@pytest.fixture
+def model(tiny_recipe: Callable[..., Recipe]) -> VideoModel:
+    return build_model(tiny_recipe(), "generator")
+
+
+@pytest.fixture
+def weights(model: VideoModel) -> dict[str, Tensor]:
+    """Random weights, small enough for velocities of order 1."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in model.build().named_parameters()}
+    return {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def origin(video_pipeline: Path) -> Origin:
+    return Origin("run: {name: mine}\n", {"run": "mine", "step": "100"}, video_pipeline)
+
+
+def test_the_stock_pipeline_gives_the_latents_of_our_sampler(
+    model: VideoModel, weights: dict[str, Tensor], origin: Origin, tmp_path: Path
+) -> None:
+    assert export_pipeline(weights, model, 4, 5.0, origin, tmp_path / "out") == len(weights)
+    pipe = WanPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 3, 3, 6, 4)
+    embeds = torch.randn(2, 8, model.text_dim())
+    found = pipe(
+        prompt_embeds=embeds, latents=noise, num_frames=9, height=48, width=32, num_inference_steps=4,
+        guidance_scale=1.0, output_type="latent",
+    ).frames  # fmt: skip
+    network = load_network(model, weights, torch.device("cpu"), 0)
+    expected = sample(guided(network, embeds, embeds[:1], 1.0), noise, 4, 5.0)
+    assert (expected - noise).abs().max() > 0.1
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_it_makes_a_video_of_a_prompt(
+    model: VideoModel, weights: dict[str, Tensor], origin: Origin, tmp_path: Path
+) -> None:
+    export_pipeline(weights, model, 4, 5.0, origin, tmp_path / "out")
+    pipe = WanPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    video = pipe("a red ball", height=32, width=48, num_frames=5, num_inference_steps=4, guidance_scale=1.0).frames[0]
+    assert video.shape == (5, 32, 48, 3)
+
+
+def test_the_card_tells_how_to_call_it_and_where_it_came_from(
+    model: VideoModel, weights: dict[str, Tensor], origin: Origin, tmp_path: Path
+) -> None:
+    export_pipeline(weights, model, 4, 5.0, origin, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "num_inference_steps=4, guidance_scale=1.0" in card
+    assert "1, 0.9375, 0.8333, 0.625" in card and "| run | mine |" in card
+    assert (tmp_path / "out/recipe.yaml").read_text() == origin.recipe
+
+
+def test_what_the_pretrained_folder_lacks_is_left_out(
+    model: VideoModel, weights: dict[str, Tensor], origin: Origin, tmp_path: Path
+) -> None:
+    pretrained = tmp_path / "pretrained"
+    shutil.copytree(origin.pretrained or Path(), pretrained, ignore=shutil.ignore_patterns("vae"))
+    export_pipeline(weights, model, 4, 5.0, Origin("", {}, pretrained), tmp_path / "out")
+    index = json.loads((tmp_path / "out/model_index.json").read_text())
+    assert index["vae"] == [None, None] and index["text_encoder"] == ["transformers", "UMT5EncoderModel"]
+    (pretrained / "text_encoder/config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"text_encoder: cannot be read as a pipeline's text_encoder"):
+        export_pipeline(weights, model, 4, 5.0, Origin("", {}, pretrained), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
