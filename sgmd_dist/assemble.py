@@ -127,6 +127,7 @@ def plan_networks(
     plans: list[NetworkPlan] = []
     for name, is_trained in names.items():
         model = model_of(recipe, name)
+        _refuse_split(recipe, model)
         lora = lora_of(recipe, name, model)
         dtype = recipe.model.for_role(name if lora is None else "teacher").dtype or "float32"
         head = head_of(recipe, name, model)
@@ -143,6 +144,17 @@ def plan_networks(
                 " device; set it to false"
             )
     return plans
+
+
+def _refuse_split(recipe: Recipe, model: VideoModel) -> None:
+    """Refuse ranks that share a sequence where the family's attention cannot be split."""
+    for axis in ("ulysses", "ring"):
+        size = getattr(recipe.parallel, axis)
+        if size > 1 and not model.splits_sequences:
+            raise UserError(
+                f"parallel.{axis} = {size}: model.family = {recipe.model.family} has no sequence parallelism; set"
+                f" parallel.{axis} to 1: its ranks become data-parallel ones"
+            )
 
 
 def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dict[str, tuple[nn.Module, VideoModel]]:

@@ -23,9 +23,20 @@ from sgmd_dist.models._wan_costs import pass_costs
 from sgmd_dist.models._wan_experts import WanExperts
 from sgmd_dist.models._wan_folder import read_folder
 from sgmd_dist.models._wan_fused import fuse
-from sgmd_dist.models.base import AttentionShape, LatentShape, PassCosts, PassShape, SequenceAxis
+from sgmd_dist.models.base import (
+    TEXT_ENCODING,
+    AttentionShape,
+    LatentShape,
+    PassCosts,
+    PassShape,
+    SchedulerCall,
+    SequenceAxis,
+    TextEncoding,
+)
 from sgmd_dist.recipe import ModelSection, wrong
 from sgmd_dist.recipe import Section as RecipeSection
+
+NETWORK = WanTransformer3DModel
 
 _VAE_TEMPORAL_STRIDE = 4
 _VAE_SPATIAL_STRIDE = {16: 8, 48: 16}  # latent channels -> pixels per latent: Wan2.1's VAE and Wan2.2's
@@ -137,6 +148,10 @@ class Wan:
     """A Wan transformer's architecture and conventions; see `sgmd_dist.models.base.VideoModel`."""
 
     boundaries: tuple[float, ...] = ()
+    splits_sequences: bool = True
+    has_fused_blocks: bool = True
+    text_encoding: TextEncoding | None = TEXT_ENCODING
+    scheduler_call: SchedulerCall | None = "steps"
 
     def __init__(
         self,
