@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,7 +104,9 @@ class DiffusersModel:
 
     def with_blocks(self, count: int) -> DiffusersModel:
         """The same architecture with another number of blocks."""
-        return type(self)(self.section, {**self.config, "num_layers": count}, None, [])
+        other = copy.copy(self)
+        other.config = {**self.config, "num_layers": count}
+        return other
 
     def reset_buffers(self, module: nn.Module, device: torch.device) -> None:
         assert not dict(module.named_buffers()), "a family whose network has buffers recomputes them"

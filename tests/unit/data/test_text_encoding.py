@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LTXPipeline
+from diffusers import CogVideoXPipeline, LTXPipeline
 
 from sgmd_dist.data.encode import TextEncoder
 from sgmd_dist.errors import UserError
+from sgmd_dist.models import cogvideox
 from sgmd_dist.models.base import TextEncoding
+from sgmd_dist.models.cogvideox import CogVideoXConfig
 from sgmd_dist.models.ltx import Ltx
 
 TINY = Path(__file__).resolve().parents[3] / "recipes/tiny_wan"
@@ -31,6 +33,16 @@ def test_ltx_encodes_with_the_padding_and_leaves_it_out() -> None:
     assert len({len(embed) for embed in found}) == 2, "captions of two lengths"
     for i, embed in enumerate(found):
         torch.testing.assert_close(embed, embeds[i][mask[i]])
+
+
+def test_cogvideox_keeps_the_padding() -> None:
+    config = CogVideoXConfig(max_text_seq_length=8)
+    model = cogvideox.build(cogvideox.Section(text_tokens=8, config=config), None, "model.pretrained")
+    encoder = encoder_of(model.text_encoding)
+    parts: dict[str, Any] = {"text_encoder": encoder.encoder, "tokenizer": encoder.tokenizer}
+    pipe = CogVideoXPipeline(vae=None, transformer=None, scheduler=None, **parts)
+    embeds = pipe._get_t5_prompt_embeds(CAPTIONS, max_sequence_length=8)
+    torch.testing.assert_close(torch.stack(encoder.encode(CAPTIONS)), embeds)
 
 
 def test_the_padding_changes_what_an_unmasked_encoder_makes_of_a_caption() -> None:

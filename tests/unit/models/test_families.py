@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from sgmd_dist import adapters, registry
 from sgmd_dist.adapters import Lora
+from sgmd_dist.assemble import plan_networks
 from sgmd_dist.errors import UserError
 from sgmd_dist.export import export_adapter, export_diffusers
 from sgmd_dist.parallel.load import fill, load_safetensors
 from sgmd_dist.parallel.sequence import SequenceAxis
+from sgmd_dist.recipe_file import load_recipe
 
+RECIPE = Path(__file__).resolve().parents[3] / "recipes/tiny_sgmd.yaml"
 KEY = "model.pretrained"
 SIGMA = torch.tensor([0.9873, 0.25])
 LENGTHS = [5, 2]
@@ -70,6 +74,50 @@ def test_the_velocity_is_what_the_pipeline_computes(family: Family, folder: Path
     assert expected.std() > 0.05
 
 
+@pytest.mark.parametrize(
+    "changes, shape",
+    [
+        ({"use_rotary_positional_embeddings": False}, LATENTS),
+        ({"use_rotary_positional_embeddings": False, "sample_width": 6}, LATENTS),
+        ({"patch_size_t": 2}, (3, 4, 8, 6)),
+    ],
+    ids=["2B", "2B of another size", "1.5"],
+)
+def test_other_versions_of_cogvideox(changes: dict[str, Any], shape: tuple[int, ...], tmp_path: Path) -> None:
+    family = FAMILIES["cogvideox"]
+    version = replace(family, config={**family.config, **changes})
+    model = build(version, version.save(tmp_path))
+    latents, text = torch.randn(2, *shape), torch.randn(2, 5, TEXT_WIDTH)
+    velocity = model.velocity(loaded(model), latents, SIGMA, text)
+    expected = version.velocity(version.random(), latents, SIGMA, text, LENGTHS)
+    torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_cogvideox_wants_its_diffusion_and_its_length_of_text(tmp_path: Path) -> None:
+    family = FAMILIES["cogvideox"]
+    folder = family.save(tmp_path)
+    recipe = load_recipe(RECIPE, [f"model={{family: cogvideox, pretrained: {folder}, text_tokens: 8}}"])
+    with pytest.raises(UserError, match=r"model.text_tokens = 8: expected 5: the padding of prompts is a part"):
+        plan_networks(recipe, {"generator": True})
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("v_prediction", "epsilon"))
+    with pytest.raises(UserError, match=r"prediction_type = 'epsilon': .*set model.noise_schedule"):
+        build(family, folder)
+    scheduler.unlink()
+    with pytest.raises(UserError, match=r"not found; give a pipeline's folder .* or set model.noise_schedule"):
+        build(family, folder)
+    assert build(family, folder, noise_schedule={"snr_shift_scale": 3.0}).levels[-1] == 1
+
+
+@pytest.mark.parametrize("axis", ["ulysses", "ring"])
+@pytest.mark.parametrize("name", sorted(name for name, family in FAMILIES.items() if not family.splits_sequences))
+def test_ranks_that_share_sequences_are_refused(name: str, axis: str, tmp_path: Path) -> None:
+    model = f"model={{family: {name}, pretrained: {FAMILIES[name].save(tmp_path)}, text_tokens: 5}}"
+    recipe = load_recipe(RECIPE, [model, f"parallel.{axis}=2"])
+    with pytest.raises(UserError, match=rf"parallel.{axis} = 2: model.family = {name} has no sequence parallelism"):
+        plan_networks(recipe, {"generator": True})
+
+
 def test_a_bf16_network_computes_close_to_the_float32_one(
     family: Family, folder: Path, batch: dict[str, Tensor]
 ) -> None:
@@ -103,10 +151,14 @@ def test_the_model_describes_itself(family: Family, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "name, video, latents",
-    [("ltx", (161, 512, 704), (128, 21, 16, 22))],
+    [
+        ("ltx", (161, 512, 704), (128, 21, 16, 22)),
+        ("cogvideox", (49, 480, 720), (16, 13, 60, 90)),
+    ],
 )
 def test_the_latent_shape_follows_the_strides_of_the_vae(name: str, video: tuple[int, int, int], latents) -> None:
-    assert build(FAMILIES[name], None, config={}).latent_shape(*video) == latents
+    tokens = 226 if name == "cogvideox" else 5
+    assert build(FAMILIES[name], None, config={}, text_tokens=tokens).latent_shape(*video) == latents
 
 
 def test_random_weights_are_a_function_of_name_and_seed_alone(family: Family) -> None:
@@ -128,7 +180,7 @@ def test_an_export_comes_back_bit_for_bit_and_loads_in_diffusers(family: Family,
     assert export_diffusers(weights, model, tmp_path / "out") == len(weights)
     again = family.network.from_pretrained(tmp_path / "out", local_files_only=True)
     assert all(torch.equal(value, weights[name]) for name, value in again.state_dict().items())
-    assert build(family, tmp_path / "out").weight_files()
+    assert build(family, tmp_path / "out", **family.alone).weight_files()
 
 
 def test_an_adapter_reaches_every_target_and_comes_back(family: Family, folder: Path, tmp_path: Path) -> None:

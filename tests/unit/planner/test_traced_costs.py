@@ -38,6 +38,8 @@ COUNTED = {
 def small(name: str, dtype: str) -> Any:
     module = registry.load(registry.MODELS, name)
     config = {**FAMILIES[name].config, "num_layers": 3}
+    if "max_text_seq_length" in config:
+        config["max_text_seq_length"] = SHAPE.text_tokens
     section = {"compute_dtype": dtype, "config": config, "text_tokens": SHAPE.text_tokens}
     return module.build(module.Section.model_validate(section), None, "model.pretrained")
 
@@ -80,13 +82,14 @@ def test_what_a_network_keeps_for_backward(name: str, dtype: str, gradient: Grad
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_the_peak_without_a_graph(name: str) -> None:
-    """Of the whole network: a block's, with what is kept through it. Within 5%."""
+    """Of the whole network: a block's, with what is kept through it. Within 5% or four latents, which the planner counts
+    by themselves."""
     model = small(name, "bfloat16")
     module, latents, text = network(model, "none")
     with torch.no_grad(), LiveBytes() as live:
         model.velocity(module, latents, torch.full((SHAPE.batch,), 0.5), text)
     a = model.pass_costs(SHAPE).activations
-    assert a.block_forward + a.shared + a.block_input == pytest.approx(live.peak, rel=0.05)
+    assert a.block_forward + a.shared + a.block_input == pytest.approx(live.peak, rel=0.05, abs=4 * latents.nbytes)
 
 
 def test_ranks_of_a_sequence_share_out_all_but_the_text() -> None:
