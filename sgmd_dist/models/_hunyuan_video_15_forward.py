@@ -10,7 +10,7 @@ Shapes: B batch, T text tokens, L video tokens, H heads, D head size, W = H D wi
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -72,11 +72,9 @@ class _Processor:
     ) -> tuple[Tensor, Tensor]:
         """Video `[B, L, W]`, text `[B, T, W]`, mask `[B, 1, L + T]`; angles turn the video alone."""
         assert attention_mask is not None and image_rotary_emb is not None
-        heads = (attn.heads, -1)
+        heads, angles = (attn.heads, -1), cast(Any, image_rotary_emb)
         q, k, v = (to(hidden_states).unflatten(2, heads) for to in (attn.to_q, attn.to_k, attn.to_v))
-        turned: list[Any] = [
-            apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (attn.norm_q(q), attn.norm_k(k))
-        ]
+        turned: list[Any] = [apply_rotary_emb(x, angles, sequence_dim=1) for x in (attn.norm_q(q), attn.norm_k(k))]
         added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_q, text_k, text_v = (to(encoder_hidden_states).unflatten(2, heads) for to in added)
         normed = (attn.norm_added_q(text_q), attn.norm_added_k(text_k), text_v)

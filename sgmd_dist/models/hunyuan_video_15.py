@@ -6,10 +6,11 @@ text, is not built: prompts with quotes are read as the first one has them.
 
 from __future__ import annotations
 
+import inspect
 from typing import Literal
 
 import torch
-from diffusers import HunyuanVideo15Transformer3DModel
+from diffusers import HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 from diffusers.loaders import HunyuanVideoLoraLoaderMixin
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -19,11 +20,19 @@ from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
 from sgmd_dist.models._diffusers import DiffusersModel, build_architecture, build_model
 from sgmd_dist.models._hunyuan_video_15_forward import attach
 from sgmd_dist.models._text import text_mask
-from sgmd_dist.models.base import SequenceAxis
+from sgmd_dist.models.base import Chat, SequenceAxis, TextEncoding
 from sgmd_dist.recipe import ModelSection, wrong
 from sgmd_dist.recipe import Section as RecipeSection
 
 NETWORK = HunyuanVideo15Transformer3DModel
+
+
+def _text_encoding() -> TextEncoding:
+    """What its pipeline tells the language model, by the defaults of the method that does."""
+    found = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
+    told = {name: parameter.default for name, parameter in found.items()}
+    chat = Chat(told["system_message"], told["crop_start"], -1 - told["num_hidden_layers_to_skip"])
+    return TextEncoding(told["tokenizer_max_length"], is_cleaned=False, chat=chat)
 
 
 class HunyuanVideo15Config(RecipeSection):
@@ -97,6 +106,7 @@ class HunyuanVideo15(DiffusersModel):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     vae_strides = {32: (4, 16)}  # noqa: RUF012 (a constant)
+    text_encoding = _text_encoding()
 
     def attach(self, module: nn.Module, axis: SequenceAxis) -> None:
         attach(module, axis)
