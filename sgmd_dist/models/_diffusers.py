@@ -18,6 +18,7 @@ from sgmd_dist.models._strides import num_latents
 from sgmd_dist.models._traced_costs import traced_costs
 from sgmd_dist.models.base import (
     AttentionShape,
+    ImageInput,
     LatentShape,
     PassCosts,
     PassShape,
@@ -50,6 +51,7 @@ class DiffusersModel:
     vae_strides: ClassVar[Mapping[int, tuple[int, int]]]
 
     boundaries: tuple[float, ...] = ()
+    image_input: ImageInput | None = None
     text_encoding: TextEncoding | None = None
     splits_sequences: bool = False
     has_fused_blocks: bool = False

@@ -42,7 +42,7 @@ def batch(family: Family) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     text = torch.randn(2, 5, TEXT_WIDTH, generator=generator)
     text[1, 2:] = 0
-    return {"latents": torch.randn(2, *LATENTS, generator=generator), "prompt_embeds": text}
+    return {"latents": torch.randn(2, *LATENTS, generator=generator), "condition": text}
 
 
 def build(family: Family, place: Path | None, **keys: Any) -> Any:
@@ -68,7 +68,7 @@ def test_the_velocity_is_what_the_pipeline_computes(family: Family, folder: Path
     """For several samples at their own levels; the padding of a text changes nothing, or is what the pipeline has."""
     model = build(family, folder)
     velocity = model.velocity(loaded(model), sigma=SIGMA, **batch)
-    expected = family.velocity(family.random(), batch["latents"], SIGMA, batch["prompt_embeds"], LENGTHS)
+    expected = family.velocity(family.random(), batch["latents"], SIGMA, batch["condition"], LENGTHS)
     assert velocity.dtype == torch.float32 and velocity.shape == batch["latents"].shape
     torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=2e-5)
     assert expected.std() > 0.05
