@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from sgmd_dist import flow, rng
 from sgmd_dist.conditions import Condition
-from sgmd_dist.models.base import AttentionShape, LatentShape, PassCosts, PassShape, SequenceAxis, VideoModel
+from sgmd_dist.models.base import (
+    AttentionShape,
+    LatentShape,
+    PassCosts,
+    PassShape,
+    SchedulerCall,
+    SequenceAxis,
+    VideoModel,
+)
 
 FOLDERS = {"high": "transformer", "low": "transformer_2"}  # expert -> its folder in a pipeline's
 INDEX = "model_index.json"
@@ -50,7 +58,7 @@ class WanExperts:
         self.splits_sequences = expert.splits_sequences
         self.has_fused_blocks = expert.has_fused_blocks
         self.text_encoding = expert.text_encoding
-        self.scheduler_call = expert.scheduler_call
+        self.scheduler_call: SchedulerCall | None = expert.scheduler_call
         self.image_input = expert.image_input
         self.boundaries = (boundary_ratio,)
         self.boundary_ratio = boundary_ratio

@@ -19,7 +19,7 @@ from sgmd_dist import rng
 from sgmd_dist.conditions import Condition, text_of
 from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
 from sgmd_dist.models._diffusers import DiffusersModel, build_architecture, build_model
-from sgmd_dist.models._hunyuan_video_15_forward import attach
+from sgmd_dist.models._hunyuan_video_15_forward import replace_forward
 from sgmd_dist.models._text import text_mask
 from sgmd_dist.models.base import Chat, SequenceAxis, TextEncoding
 from sgmd_dist.recipe import ModelSection, wrong
@@ -109,8 +109,13 @@ class HunyuanVideo15(DiffusersModel):
     vae_strides = {32: (4, 16)}  # noqa: RUF012 (a constant)
     text_encoding = _text_encoding()
 
+    def build(self) -> nn.Module:
+        module = super().build()
+        replace_forward(module)
+        return module
+
     def attach(self, module: nn.Module, axis: SequenceAxis) -> None:
-        attach(module, axis)
+        assert axis.size == 1, "splits_sequences is False; attention with a mask is torch's own"
 
     def text_dim(self) -> int:
         return self.config["text_embed_dim"]

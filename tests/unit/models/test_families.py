@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sgmd_dist import adapters, registry
 from sgmd_dist.adapters import Lora
-from sgmd_dist.assemble import plan_networks
+from sgmd_dist.assemble import load_network, plan_networks
 from sgmd_dist.errors import UserError
 from sgmd_dist.export import export_adapter, export_diffusers
 from sgmd_dist.parallel.load import fill, load_safetensors
@@ -126,6 +126,15 @@ def test_a_bf16_network_computes_close_to_the_float32_one(
     velocity = half.velocity(nn.Module.to(loaded(half), torch.bfloat16), sigma=SIGMA, **batch)
     assert velocity.dtype == torch.float32
     assert (velocity - expected).norm() / expected.norm() < 0.03
+
+
+def test_an_unsharded_network_computes_the_same(family: Family, folder: Path, batch: dict[str, Tensor]) -> None:
+    """As samples and evaluations run it, without a sequence axis."""
+    model = build(family, folder)
+    network = load_network(model, None, torch.device("cpu"))
+    velocity = network(batch["latents"], SIGMA, batch["condition"], 0.9)
+    expected = model.velocity(loaded(model), sigma=SIGMA, **batch)
+    torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=2e-5)
 
 
 def test_gradients_reach_latents_and_parameters(family: Family, folder: Path, batch: dict[str, Tensor]) -> None:
