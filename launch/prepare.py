@@ -42,7 +42,7 @@ def prepare_videos(args: argparse.Namespace) -> int:
     import torch
 
     from sgmd_dist.data.manifest import read_videos
-    from sgmd_dist.data.row_encoders import VideoRows, fingerprint, pretrained_fingerprint
+    from sgmd_dist.data.row_encoders import VideoRows, fingerprint, image_settings, pretrained_fingerprint
     from sgmd_dist.data.video import parse_buckets
 
     buckets, manifest = parse_buckets(args.buckets), read_videos(args.source, args.split)
@@ -52,6 +52,7 @@ def prepare_videos(args: argparse.Namespace) -> int:
         "buckets": sorted(bucket.name for bucket in buckets),
         "fps": str(args.fps),
         "vae_dtype": args.vae_dtype,
+        **image_settings(args.pretrained),
         **_text_settings(args),
     }
 
@@ -282,7 +283,7 @@ def main() -> int | None:
 
 
 def _add_videos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    description = "encode videos and captions: latents and embeddings"
+    description = "encode videos and captions: latents and embeddings; with an image-to-video folder first frames too"
     command = commands.add_parser("videos", help=description, description=description)
     command.add_argument(
         "source",

@@ -99,7 +99,7 @@ class MotionWatch:
     def _generator(self) -> float:
         generator = self._roles["generator"].run
         return self._motion(
-            lambda batch: guided(generator, batch.prompt_embeds, batch.negative_embeds, 1.0), self._chain.student_steps
+            lambda batch: guided(generator, batch.condition, batch.negative_embeds, 1.0), self._chain.student_steps
         )
 
     def _teacher(self) -> float:
@@ -114,7 +114,7 @@ class MotionWatch:
         teacher, scale = self._roles["teacher"].run, self._guidance_scale
         logger.info("measuring the motion of the teacher's samples, once")
         motion = self._motion(
-            lambda batch: guided(teacher, batch.prompt_embeds, batch.negative_embeds, scale, self._chain.guidance),
+            lambda batch: guided(teacher, batch.condition, batch.negative_embeds, scale, self._chain.guidance),
             self.section.teacher_steps,
         )
         if self._mesh.is_main:

@@ -4,7 +4,7 @@
     OUT/README.md         what it is, how to call it, and what it came from
     OUT/recipe.yaml
 
-VAE, text encoder and tokenizer are copies of the pretrained pipeline's.
+VAE, encoders and tokenizer are copies of the pretrained pipeline's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sgmd_dist.sampling import Source
 
 INDEX = "model_index.json"
 PARTS = ("vae", "text_encoder", "tokenizer")
+IMAGE_PARTS = ("image_encoder", "image_processor")  # of image-to-video pipelines
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ def export_pipeline(
         made = scheduler(num_steps, shift)
         made.save_pretrained(aside / "scheduler")
         index["scheduler"] = ["diffusers", type(made).__name__]
-        for part in PARTS:
+        for part in PARTS if model.image_input is None else (*PARTS, *IMAGE_PARTS):
             index[part] = _copy_part(origin.pretrained, part, aside)
         (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (aside / "recipe.yaml").write_text(origin.recipe, encoding="utf-8")
-        (aside / "README.md").write_text(_card(index["_class_name"], num_steps, shift, origin), encoding="utf-8")
+        (aside / "README.md").write_text(_card(index["_class_name"], model, num_steps, shift, origin), encoding="utf-8")
 
     return write_verified(weights, folder, write, model.read_parts)
 
@@ -130,26 +131,29 @@ def _copy_part(pretrained: Path | None, part: str, folder: Path) -> list[str | N
 
 def _class_of(source: Path, part: str) -> list[str | None]:
     """Library and class of a part, by its own configuration."""
-    name = "tokenizer_config.json" if part == "tokenizer" else "config.json"
-    config = json.loads((source / name).read_text(encoding="utf-8"))
+    names = {"tokenizer": "tokenizer_config.json", "image_processor": "preprocessor_config.json"}
+    config = json.loads((source / names.get(part, "config.json")).read_text(encoding="utf-8"))
     if part == "vae":
         return ["diffusers", config["_class_name"]]
+    if part == "image_processor":
+        return ["transformers", config["image_processor_type"]]
     return ["transformers", config["tokenizer_class"] if part == "tokenizer" else config["architectures"][0]]
 
 
-def _card(pipeline: str, num_steps: int, shift: float, origin: Origin) -> str:
+def _card(pipeline: str, model: VideoModel, num_steps: int, shift: float, origin: Origin) -> str:
+    kind, inputs = ("text", "prompt") if model.image_input is None else ("image", "image, prompt")
     sigmas = ", ".join(f"{sigma:.4g}" for sigma in flow.sampling_sigmas(num_steps, shift)[:-1])
     rows = "\n".join(f"| {name} | {value} |" for name, value in origin.facts.items())
     return f"""---
 library_name: diffusers
-tags: [text-to-video, distillation, sgmd]
+tags: [{kind}-to-video, distillation, sgmd]
 ---
 # A video generator of {num_steps} steps, made with sgmd_dist
 
     from diffusers import {pipeline}
 
     pipe = {pipeline}.from_pretrained("THIS FOLDER")
-    video = pipe(prompt, num_inference_steps={num_steps}, guidance_scale=1.0).frames[0]
+    video = pipe({inputs}, num_inference_steps={num_steps}, guidance_scale=1.0).frames[0]
 
 The scheduler takes the sigmas of the training: {sigmas}. Other numbers of steps, and guidance, are not what it was
 trained for.

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from sgmd_dist import flow, heads
 from sgmd_dist.adapters import Switch, adapter_parameters
+from sgmd_dist.conditions import Condition, TextAndImage
 from sgmd_dist.models.base import LatentShape, RunnableModel
 from sgmd_dist.recipe import AdamWSection, LrScheduleSection, OptimSection
 from sgmd_dist.shard import local
@@ -77,7 +78,7 @@ class ShardedAdamW(torch.optim.AdamW):
 class Role:
     """One network: its module, and for a trained role its optimizer and, for the generator, an EMA.
 
-    A role is called as a network: `role(x_sigma, sigma, prompt_embeds, level)` gives the velocity in float32.
+    A role is called as a network: `role(x_sigma, sigma, condition, level)` gives the velocity in float32.
 
     Roles may share a module that has adapters: each runs it with the adapter of its own name, or with none, and trains
     that adapter alone.
@@ -103,15 +104,15 @@ class Role:
         self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self._lr: AdamWSection | None = None
 
-    def __call__(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
+    def __call__(self, x_sigma: Tensor, sigma: Tensor, condition: Condition, level: float | None = None) -> Tensor:
         self.calls[self._kind_of(x_sigma, level)] += 1
-        return self.run(x_sigma, sigma, prompt_embeds, level)
+        return self.run(x_sigma, sigma, condition, level)
 
     def judge(
         self,
         x_sigma: Tensor,
         sigma: Tensor,
-        prompt_embeds: Tensor,
+        condition: Condition,
         level: float | None = None,
         *,
         detached: bool = False,
@@ -123,14 +124,14 @@ class Role:
         """
         latent_shape = cast(LatentShape, tuple(x_sigma.shape[1:]))
         with heads.asked(self._heads, latent_shape, detached=detached) as logits:
-            velocity = self(x_sigma, sigma, prompt_embeds, level)
+            velocity = self(x_sigma, sigma, condition, level)
         [of_samples] = logits
         return velocity, of_samples
 
-    def run(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
+    def run(self, x_sigma: Tensor, sigma: Tensor, condition: Condition, level: float | None = None) -> Tensor:
         """A call that is not counted."""
         with self._switch.using(self.adapter):
-            return self.model.velocity(self.module, x_sigma, sigma, prompt_embeds, level)
+            return self.model.velocity(self.module, x_sigma, sigma, condition, level)
 
     def _kind_of(self, x_sigma: Tensor, level: float | None) -> Call:
         """An adapter's weight gradients are too small to count: its backward pass is one through the base's inputs."""
@@ -235,8 +236,9 @@ class Roles(Mapping[str, Role]):
         for role in self.values():
             x = torch.zeros(1, *role.model.smallest_latents(), device=device)
             text = torch.zeros(1, WARM_UP_TOKENS, role.model.text_dim(), device=device)
+            condition = with_blank_image(role.model, text, x)
             for level in (0.0, *role.boundaries):
-                role(x, torch.full((1,), level, device=device), text, level)
+                role(x, torch.full((1,), level, device=device), condition, level)
             role.calls.clear()
         self.train_only(None)
 
@@ -285,6 +287,15 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
         return norm
     parts = [Partial() if isinstance(placement, Shard) else placement for placement in first.placements]
     return DTensor.from_local(norm**2, first.device_mesh, parts).full_tensor().sqrt()
+
+
+def with_blank_image(model: RunnableModel, text: Tensor, x: Tensor) -> Condition:
+    """A condition of texts `[B, T, D]` beside latents `x`, with an image of zeros where the model takes one."""
+    image = model.image_input
+    if image is None:
+        return text
+    embeds = text.new_zeros(len(x), image.num_embeds, image.embed_dim) if image.embed_dim else None
+    return TextAndImage(text, torch.zeros_like(x, dtype=text.dtype), embeds)
 
 
 def lr_factor(section: LrScheduleSection, step: int, num_steps: int) -> float:

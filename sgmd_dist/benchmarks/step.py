@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sgmd_dist.batch import Batch
 from sgmd_dist.benchmarks.report import machine
+from sgmd_dist.conditions import Condition
 from sgmd_dist.metrics import Timer
 from sgmd_dist.models.base import LatentShape, VideoModel
 from sgmd_dist.objectives.base import Phase, StepState
@@ -34,7 +35,7 @@ from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
 from sgmd_dist.planner.machine import Machine
 from sgmd_dist.planner.plan import make_plan
 from sgmd_dist.recipe import Recipe
-from sgmd_dist.roles import Call, Role
+from sgmd_dist.roles import Call, Role, with_blank_image
 from sgmd_dist.trainer import Trainer
 
 BUDGET = 1.05  # step time over that of its passes
@@ -214,11 +215,12 @@ class MeasuredTrainer(Trainer):
             role.module.zero_grad(set_to_none=True)
         self.roles.train_only(None)
 
-    def _inputs(self, role: Role, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(self, role: Role, call: Call) -> tuple[Tensor, Tensor, Condition]:
         device, size = self.mesh.device, call.shape[0]
         x = torch.randn(call.shape, device=device, requires_grad=call.for_input)
         prompts = torch.randn(size, self.recipe.model.text_tokens, role.model.text_dim(), device=device).bfloat16()
-        return x, torch.full((size,), _level(role, call), device=device), prompts
+        condition = with_blank_image(role.model, prompts, x)
+        return x, torch.full((size,), _level(role, call), device=device), condition
 
     def _report(
         self,
@@ -281,11 +283,11 @@ class MeasuredTrainer(Trainer):
         return counter.get_total_flops() * (1 + (call.for_input or call.for_weights) + call.for_weights)
 
 
-def bare_pass(role: Role, call: Call, inputs: tuple[Tensor, Tensor, Tensor], cotangent: Tensor | None) -> None:
+def bare_pass(role: Role, call: Call, inputs: tuple[Tensor, Tensor, Condition], cotangent: Tensor | None) -> None:
     """One pass of `call`'s kind and nothing else; weight gradients are added to those that are there.
 
     Args:
-        inputs: latents, noise levels, prompt embeddings.
+        inputs: latents, noise levels, conditions.
         cotangent: of the velocity; needed where there is a backward pass.
     """
     inputs[0].grad = None

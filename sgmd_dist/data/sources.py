@@ -22,6 +22,7 @@ from sgmd_dist.data.digest import content_digest
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.format import write_negative_prompt
 from sgmd_dist.data.index import ShardIndex, consolidate
+from sgmd_dist.data.record import Held
 from sgmd_dist.data.remote import redacted
 from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.data.world import World, write_world_shards
@@ -96,28 +97,33 @@ def check_sources(
         ShardIndex.open(sources, shard_cache(recipe)).negative_prompt()
 
 
-class _Held(NamedTuple):
+class _Kept(NamedTuple):
     """What all samples of a source have beside captions."""
 
     latents: bool
     pairs: bool
 
 
-def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Held:
+def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Kept:
     """Raise for what the source lacks."""
+    if source.startswith((WORLD, PROMPTS)) and model.image_input is not None:
+        raise UserError(
+            f"data.shards = '{source}': this is an image-to-video model, and there are no images to begin with; make"
+            " shards of videos with launch/prepare.py videos and this model's folder"
+        )
     if source.startswith(WORLD):
         _check_latents(source, "the world", _world(source).latent_shape, model)
         _text_encoder_folder(recipe)
-        return _Held(latents=True, pairs=False)
+        return _Kept(latents=True, pairs=False)
     if source.startswith(PROMPTS):
         captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
         _text_encoder_folder(recipe)
         if recipe.data.video is None:
             raise UserError(f"data.shards = '{source}': set data.video to num_frames, height and width of the videos")
-        return _Held(latents=False, pairs=False)
+        return _Kept(latents=False, pairs=False)
     index = ShardIndex.open(source, shard_cache(recipe))
     _check_fit(index, recipe, model)
-    return _Held(all(map(index.has_latents, index.buckets)), all(map(index.has_noise, index.buckets)))
+    return _Kept(all(map(index.has_latents, index.buckets)), all(map(index.has_noise, index.buckets)))
 
 
 def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
@@ -244,6 +250,7 @@ def _check_fit(index: ShardIndex, recipe: Recipe, model: VideoModel) -> None:
         )
     for bucket in index.buckets:
         _check_latents(recipe.data.shards, f"bucket {bucket}", index.latent_shape(bucket), model)
+        _check_image(recipe.data.shards, f"bucket {bucket}", index.held(bucket), model)
 
 
 def _check_latents(shards: str | list[str], what: str, shape: LatentShape, model: VideoModel) -> None:
@@ -253,6 +260,23 @@ def _check_latents(shards: str | list[str], what: str, shape: LatentShape, model
         raise UserError(
             f"data.shards = {_shown(shards)}: {what} has latents {shape}; the model takes {smallest[0]} channels and"
             f" frames, height, width in multiples of {smallest[1:]}; use the model that the data are for, or other data"
+        )
+
+
+def _check_image(shards: str | list[str], what: str, held: Held, model: VideoModel) -> None:
+    image = model.image_input
+    if image is None:
+        return
+    said = f"data.shards = {_shown(shards)}: this is an image-to-video model and {what}"
+    if not held.condition:
+        raise UserError(
+            f"{said} holds no images to begin with (condition_latents); make shards of videos with launch/prepare.py"
+            " videos and this model's folder"
+        )
+    if image.embed_dim and held.image_embeds[1:] != (image.embed_dim,):
+        found = f"image_embeds {list(held.image_embeds)}" if held.image_embeds else "no image_embeds"
+        raise UserError(
+            f"{said} has {found}, expected [N, {image.embed_dim}]; prepare the videos with this model's image encoder"
         )
 
 

@@ -17,7 +17,14 @@ import torch
 
 from sgmd_dist.data.buffers import Bytes
 from sgmd_dist.data.foreign import crc32_of, fill_foreign
-from sgmd_dist.data.format import CorruptSample, TensorSpan, is_finite, safetensors_header_bytes, safetensors_layout
+from sgmd_dist.data.format import (
+    VIDEO_TENSORS,
+    CorruptSample,
+    TensorSpan,
+    is_finite,
+    safetensors_header_bytes,
+    safetensors_layout,
+)
 from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.errors import UserError
 
@@ -66,7 +73,7 @@ class Job:
 
     Attributes:
         rows: where the bytes of each tensor go that the unit has, by the tensor's name.
-        latent_shape: of `latents` and `noise`.
+        latent_shape: of the tensors that have it.
         done: locked until `error`, or `bug` for what should not happen, are set.
         dropped: nobody waits for it any more.
     """
@@ -178,7 +185,8 @@ class Worker(threading.Thread):
             head = np.empty(start, dtype=np.uint8)
             _read_into(file, [head], offset)
         spans = safetensors_layout(head.data, size)
-        _check_tensors(spans, job, self._index.embed_dim)
+        image_shape = self._index.held(int(self._index.bucket[job.sample])).image_embeds
+        _check_tensors(spans, job, self._index.embed_dim, image_shape)
         parts = self._places(spans, job.rows)
         _read_into(file, parts, offset + start)
         if self._options.check_crc:
@@ -212,15 +220,15 @@ def _check_finite(rows: Mapping[str, Bytes]) -> None:
             raise CorruptSample(f"'{name}' holds values that are not finite; encode the sample again")
 
 
-def _check_tensors(spans: list[TensorSpan], job: Job, width: int) -> None:
+def _check_tensors(spans: list[TensorSpan], job: Job, width: int, image_shape: tuple[int, ...]) -> None:
     found = {span.name: span for span in spans}
     embeds, shape = found.get("prompt_embeds"), job.latent_shape
     if embeds is None or embeds.dtype != torch.bfloat16 or len(embeds.shape) != 2 or embeds.shape[1] != width:
         raise CorruptSample(f"prompt_embeds is {_describe(embeds)}, expected bfloat16 [n_tokens, {width}]")
-    for name in ("latents", "noise"):
-        video = found.get(name)
-        if name in job.rows and (video is None or video.dtype != torch.bfloat16 or video.shape != shape):
-            raise CorruptSample(f"{name} is {_describe(video)}, expected bfloat16 {list(shape)}")
+    for name, expected in {**dict.fromkeys(VIDEO_TENSORS, shape), "image_embeds": image_shape}.items():
+        span = found.get(name)
+        if name in job.rows and (span is None or span.dtype != torch.bfloat16 or span.shape != expected):
+            raise CorruptSample(f"{name} is {_describe(span)}, expected bfloat16 {list(expected)}")
 
 
 def _describe(span: TensorSpan | None) -> str:

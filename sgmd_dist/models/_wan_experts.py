@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sgmd_dist import flow, rng
+from sgmd_dist.conditions import Condition
 from sgmd_dist.models.base import AttentionShape, LatentShape, PassCosts, PassShape, SequenceAxis, VideoModel
 
 FOLDERS = {"high": "transformer", "low": "transformer_2"}  # expert -> its folder in a pipeline's
@@ -46,6 +47,7 @@ class WanExperts:
         self.expert = expert
         self.config = expert.config
         self.compute_dtype = expert.compute_dtype
+        self.image_input = expert.image_input
         self.boundaries = (boundary_ratio,)
         self.boundary_ratio = boundary_ratio
         self.expand_timesteps = expand_timesteps
@@ -94,7 +96,7 @@ class WanExperts:
         return {f"{which}.": files for which, files in self._weight_files.items()}
 
     def velocity(
-        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
+        self, module: nn.Module, latents: Tensor, sigma: Tensor, condition: Condition, level: float | None = None
     ) -> Tensor:
         assert level is not None, "a model with experts chooses by the level"
         low, high = self.networks(module)
@@ -103,7 +105,7 @@ class WanExperts:
             ((sigma.float() >= self.boundary_ratio) == is_high).all(),
             f"noise levels of a batch lie on both sides of {self.boundary_ratio}",
         )
-        return self.expert.velocity(high if is_high else low, latents, sigma, prompt_embeds)
+        return self.expert.velocity(high if is_high else low, latents, sigma, condition)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
         return self.expert.latent_shape(num_frames, height, width)
@@ -122,7 +124,8 @@ class WanExperts:
     def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
         for which, name in FOLDERS.items():
             self.expert.export(_part_of(state_dict, which), folder / name)
-        index: dict[str, Any] = {"_class_name": "WanPipeline", **dict.fromkeys(FOLDERS.values(), _CLASS)}
+        pipeline = "WanPipeline" if self.image_input is None else "WanImageToVideoPipeline"
+        index: dict[str, Any] = {"_class_name": pipeline, **dict.fromkeys(FOLDERS.values(), _CLASS)}
         return index | {"boundary_ratio": self.boundary_ratio, "expand_timesteps": self.expand_timesteps}
 
     def read_parts(self, folder: Path) -> dict[str, Tensor]:

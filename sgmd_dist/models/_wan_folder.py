@@ -12,10 +12,11 @@ from diffusers import WanTransformer3DModel
 
 from sgmd_dist.errors import UserError
 from sgmd_dist.models._wan_experts import FOLDERS, INDEX
+from sgmd_dist.models._wan_image import wrong_channels
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
-_SUPPORTED = "supported are Wan2.1 T2V, Wan2.2 TI2V-5B and Wan2.2 T2V-A14B"
+_SUPPORTED = "supported are Wan2.1 T2V and I2V, Wan2.2 TI2V-5B and Wan2.2 T2V-A14B and I2V-A14B"
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,17 @@ def _config(folder: Path, where: str) -> dict[str, Any]:
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}  # older files lack newer keys
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
     merged = {**defaults, **given}
-    _refuse_image_to_video(merged, path, where)
+    _refuse_other_inputs(merged, path, where)
     return merged
 
 
-def _refuse_image_to_video(config: dict[str, Any], path: Path, where: str) -> None:
-    found = [f"{name} = {config[name]}" for name in ("image_dim", "added_kv_proj_dim") if config[name] is not None]
-    if config["in_channels"] != config["out_channels"]:
-        found.append(f"in_channels = {config['in_channels']} and out_channels = {config['out_channels']}")
+def _refuse_other_inputs(config: dict[str, Any], path: Path, where: str) -> None:
+    """Refuse models that see other things than a text, or a text and a first frame."""
+    found = wrong_channels(config)
+    if config["pos_embed_seq_len"] is not None:
+        found = f"pos_embed_seq_len = {config['pos_embed_seq_len']}: a model of first and last frames"
     if found:
-        raise UserError(f"{where}: {path} has {', '.join(found)}: an image-to-video model; {_SUPPORTED}")
+        raise UserError(f"{where}: {path} has {found}; {_SUPPORTED}")
 
 
 def _pipeline_index(folder: Path, where: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from sgmd_dist.conditions import Condition
+
 LatentShape = tuple[int, int, int, int]  # (C, F, H, W) of one video's latents
 Gradient = Literal["none", "input", "weights"]  # what backward computes: nothing, the input's gradient, or the weights'
 
@@ -109,6 +111,17 @@ class PassCosts:
         return self.linear, self.self_attention, self.cross_attention, self.rest
 
 
+@dataclass(frozen=True)
+class ImageInput:
+    """What an image-to-video network takes beside the text: the image as latents, and in some its embeddings.
+
+    `num_embeds` embeddings of `embed_dim` numbers each; 0 where it takes none.
+    """
+
+    num_embeds: int = 0
+    embed_dim: int = 0
+
+
 class SequenceAxis(Protocol):
     """The ranks that share a sequence, `size` of them, as a network meets them. With one rank nothing is split."""
 
@@ -143,24 +156,29 @@ class RunnableModel(Protocol):
 
     Attributes:
         boundaries: the noise levels in (0, 1), ascending, from which the next expert serves; none with one network.
+        image_input: what an image-to-video network takes of an image; None for text to video.
     """
 
     boundaries: tuple[float, ...]
+    image_input: ImageInput | None
 
     def velocity(
-        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
+        self, module: nn.Module, latents: Tensor, sigma: Tensor, condition: Condition, level: float | None = None
     ) -> Tensor:
         """Run the network.
 
         Args:
             latents: `[B, C, F, H, W]`, any float dtype; cast to the compute dtype here.
             sigma: `[B]` noise levels in [0, 1], float32.
-            prompt_embeds: `[B, T, D]`.
+            condition: prompt embeddings `[B, T, D]`, or those and an image; see `sgmd_dist.conditions`.
             level: any noise level that the same expert serves as all of `sigma`, equal on all ranks. A model with
                 experts chooses by it and needs it; see `sgmd_dist.flow`.
 
         Returns:
             The velocity `[B, C, F, H, W]`, float32.
+
+        Raises:
+            UserError: an image-to-video network was given no image.
         """
         ...
 

@@ -306,8 +306,8 @@ def test_a_longer_circle_is_shown_whole():
         ),
         (
             "model.config.in_channels=48",
-            "model.config: in_channels = 48, out_channels = 16: expected equal numbers: the velocity has the shape of"
-            " the latents",
+            "model.config: in_channels = 48, out_channels = 16: expected equal numbers, or in_channels = 36 for image"
+            " to video: latents, a mask of 4, latents of the image",
         ),
     ],
 )

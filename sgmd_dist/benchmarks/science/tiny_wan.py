@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sgmd_dist.batch import Batch, padded
 from sgmd_dist.benchmarks.science.base import REFERENCE_SEED
 from sgmd_dist.benchmarks.science.scores import energy_distance, mean_distance, root_mean_square, wasserstein_1d
+from sgmd_dist.conditions import Condition
 from sgmd_dist.data.digest import content_digest
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.world import World as MovingShapes
@@ -128,8 +129,8 @@ class TinyWan:
     def _sample_teacher(self, count: int, seed: int) -> Tensor:
         module = self._network()
 
-        def network(x: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float) -> Tensor:
-            return self.model.velocity(module, x, sigma, prompt_embeds, level)
+        def network(x: Tensor, sigma: Tensor, condition: Condition, level: float) -> Tensor:
+            return self.model.velocity(module, x, sigma, condition, level)
 
         prompts = Prompts(self._captions(count), *self.prompts(count))
         settings = {"num_steps": _TEACHER_STEPS, "shift": self.sigma_shift, "guidance_scale": self.guidance_scale}
