@@ -121,12 +121,13 @@ def plan_networks(
         model_of: `build_model`, or `build_architecture`.
 
     Raises:
-        UserError: a pretrained folder, an adapter or a head does not fit, or the offloaded teacher is an adapter's
-            base.
+        UserError: a pretrained folder, an adapter or a head does not fit, the family cannot do what the recipe asks, or
+            the offloaded teacher is an adapter's base.
     """
     plans: list[NetworkPlan] = []
     for name, is_trained in names.items():
         model = model_of(recipe, name)
+        _check_family(recipe, model)
         lora = lora_of(recipe, name, model)
         dtype = recipe.model.for_role(name if lora is None else "teacher").dtype or "float32"
         head = head_of(recipe, name, model)
@@ -143,6 +144,23 @@ def plan_networks(
                 " device; set it to false"
             )
     return plans
+
+
+def _check_family(recipe: Recipe, model: VideoModel) -> None:
+    """Refuse what the model's family cannot do: ranks that share a sequence, or prompts of another length."""
+    encoding, tokens = model.text_encoding, recipe.model.text_tokens
+    if encoding is not None and encoding.keeps_padding and tokens != encoding.max_tokens:
+        raise UserError(
+            f"model.text_tokens = {tokens}: expected {encoding.max_tokens}: the padding of prompts is a part of this"
+            " network's sequence"
+        )
+    for axis in ("ulysses", "ring"):
+        size = getattr(recipe.parallel, axis)
+        if size > 1 and not model.splits_sequences:
+            raise UserError(
+                f"parallel.{axis} = {size}: model.family = {recipe.model.family} has no sequence parallelism; set"
+                f" parallel.{axis} to 1: its ranks become data-parallel ones"
+            )
 
 
 def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dict[str, tuple[nn.Module, VideoModel]]:

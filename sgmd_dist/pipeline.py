@@ -75,12 +75,19 @@ def export_pipeline(
         num_steps, shift: of the chain that the weights were trained for.
 
     Raises:
-        UserError: see `export.export_diffusers`; or the pretrained pipeline's parts cannot be read.
+        UserError: see `export.export_diffusers`; or the pretrained pipeline's parts cannot be read, or no stock
+            scheduler of the family's pipeline takes the sigmas.
     """
+    call = model.scheduler_call
+    if call is None:
+        raise UserError(
+            f"--pipeline: no scheduler of {type(model).__name__}'s diffusers pipeline takes the sigmas of the training;"
+            " export the transformer without --pipeline and sample with launch/sample.py"
+        )
 
     def write(aside: Path) -> None:
         index = {"_diffusers_version": diffusers_version, **model.export_parts(weights, aside)}
-        made = scheduler(num_steps, shift)
+        made = scheduler(num_steps, shift) if call == "steps" else FlowMatchEulerDiscreteScheduler(shift=shift)
         made.save_pretrained(aside / "scheduler")
         index["scheduler"] = ["diffusers", type(made).__name__]
         for part in PARTS if model.image_input is None else (*PARTS, *IMAGE_PARTS):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgmd_dist import checkpoint, rng
-from sgmd_dist.assemble import Which, build_model, head_of, load_network, load_weights, lora_of
+from sgmd_dist.assemble import Which, build_architecture, build_model, head_of, load_network, load_weights, lora_of
 from sgmd_dist.batch import padded
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.sources import captions_in
@@ -108,7 +108,7 @@ def encode_prompts(recipe: Recipe, captions: Sequence[str]) -> Prompts:
     folder = recipe.data.text_encoder or recipe.model.pretrained
     if folder is None:
         raise UserError("data.text_encoder: prompts need a text encoder; set it to a diffusers folder with one")
-    encoder = TextEncoder.from_pretrained(folder)
+    encoder = TextEncoder.from_pretrained(folder, encoding=build_architecture(recipe, "generator").text_encoding)
     tokens = recipe.model.text_tokens
     texts = [*encoder.encode(captions), *encoder.encode([NEGATIVE_PROMPT])]
     embeds = torch.stack([padded(embed.bfloat16(), tokens) for embed in texts])  # as shards store them

@@ -19,7 +19,7 @@ import torch
 
 from sgmd_dist.data.cache import ShardCache
 from sgmd_dist.data.digest import content_digest
-from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder, known_encoding
 from sgmd_dist.data.format import write_negative_prompt
 from sgmd_dist.data.index import ShardIndex, consolidate
 from sgmd_dist.data.record import Held
@@ -113,11 +113,11 @@ def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Kept:
         )
     if source.startswith(WORLD):
         _check_latents(source, "the world", _world(source).latent_shape, model)
-        _text_encoder_folder(recipe)
+        _check_text_encoder(recipe, model)
         return _Kept(latents=True, pairs=False)
     if source.startswith(PROMPTS):
         captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
-        _text_encoder_folder(recipe)
+        _check_text_encoder(recipe, model)
         if recipe.data.video is None:
             raise UserError(f"data.shards = '{source}': set data.video to num_frames, height and width of the videos")
         return _Kept(latents=False, pairs=False)
@@ -144,12 +144,12 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
         def write(to: Path, encoder: TextEncoder) -> None:
             write_prompt_shards(to, captions, encoder, shape)
 
-    facts.append(content_digest(encoder_folder / part for part in TEXT_PARTS))
+    facts += [content_digest(encoder_folder / part for part in TEXT_PARTS), repr(model.text_encoding)]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = Path(recipe.run.dir) / "cache" / f"{source.partition(':')[0]}-{digest}"
     if (folder / "index.json").exists():
         return folder
-    encoder = TextEncoder.from_pretrained(encoder_folder, dtype)
+    encoder = TextEncoder.from_pretrained(encoder_folder, dtype, encoding=model.text_encoding)
     aside = folder.with_name(f"{folder.name}.tmp")  # an interrupted attempt leaves it: begin anew
     if aside.exists():
         shutil.rmtree(aside)
@@ -222,6 +222,11 @@ def captions_in(file: str, said: str) -> list[str]:
     if not captions:
         raise UserError(f"{said}: the file holds no captions; write one per line")
     return captions
+
+
+def _check_text_encoder(recipe: Recipe, model: VideoModel) -> None:
+    known_encoding(model.text_encoding, f"data.shards = {_shown(recipe.data.shards)}")
+    _text_encoder_folder(recipe)
 
 
 def _text_encoder_folder(recipe: Recipe) -> Path:

@@ -48,6 +48,10 @@ class WanExperts:
         self.config = expert.config
         self.compute_dtype = expert.compute_dtype
         self.image_input = expert.image_input
+        self.splits_sequences = expert.splits_sequences
+        self.has_fused_blocks = expert.has_fused_blocks
+        self.text_encoding = expert.text_encoding
+        self.scheduler_call = expert.scheduler_call
         self.boundaries = (boundary_ratio,)
         self.boundary_ratio = boundary_ratio
         self.expand_timesteps = expand_timesteps

@@ -1,9 +1,10 @@
 """What a model family tells the rest of the project.
 
-A family's module defines `Section` (its part of a recipe) and `build(section, pretrained, key)`, which returns a
-`VideoModel`. The object holds no weights: it builds a network, names its parts, and feeds it. Its
-`architecture(section, pretrained, key)` returns the same also where the pretrained folder is not there and the section
-says what it would hold; such a `VideoModel` has no weight files.
+A family's module defines `NETWORK` (the diffusers class that its folders name), `Section` (its part of a recipe) and
+`build(section, pretrained, key)`, which returns a `VideoModel`. The object holds no weights: it builds a network, names
+its parts, and feeds it. Its `architecture(section, pretrained, key)` returns the same also where the pretrained folder
+is not there and the section says what it would hold; such a `VideoModel` has no weight files. A family on one diffusers
+transformer finds most of it written in `_diffusers`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,30 @@ from sgmd_dist.conditions import Condition
 
 LatentShape = tuple[int, int, int, int]  # (C, F, H, W) of one video's latents
 Gradient = Literal["none", "input", "weights"]  # what backward computes: nothing, the input's gradient, or the weights'
+
+# How a family's pipeline asks its scheduler: by a number of steps, or with times 1, 1 - 1/n, ... that it then shifts.
+SchedulerCall = Literal["steps", "sigmas"]
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """How a family's pipeline makes embeddings of a caption.
+
+    Attributes:
+        max_tokens: a caption is cut to so many.
+        is_masked: the encoder's attention leaves padding out. Otherwise captions are filled up to `max_tokens` and the
+            encoder attends to the padding.
+        keeps_padding: the embeddings of the padding are a part of the prompt's, as the network was trained with them.
+        is_cleaned: encoding mended, HTML entities resolved, single blanks.
+    """
+
+    max_tokens: int
+    is_masked: bool = True
+    keeps_padding: bool = False
+    is_cleaned: bool = True
+
+
+TEXT_ENCODING = TextEncoding(512)  # Wan's, and that of folders without a transformer
 
 
 @dataclass(frozen=True)
@@ -194,12 +219,23 @@ class RunnableModel(Protocol):
 class VideoModel(RunnableModel, Protocol):
     """One network architecture with its conventions.
 
-    A network's output is a tuple with the velocity first, a block's output its tokens `[B, c, D]`: see
-    `sgmd_dist.heads`.
+    A network's output is a tuple with the velocity first, a block's output its tokens `[B, c, D]` or a tuple with them
+    first: see `sgmd_dist.heads`.
+
+    Attributes:
+        config: the network's constructor's arguments.
+        splits_sequences: whether `attach` takes an axis of several ranks.
+        has_fused_blocks: whether `fuse` may be called.
+        text_encoding: None where the project cannot make the family's prompt embeddings.
+        scheduler_call: None where no stock scheduler takes the sigmas of a training.
     """
 
     config: dict[str, Any]
     compute_dtype: torch.dtype
+    splits_sequences: bool
+    has_fused_blocks: bool
+    text_encoding: TextEncoding | None
+    scheduler_call: SchedulerCall | None
 
     def build(self) -> nn.Module:
         """The network, on the current default device (`torch.device("meta")` as a context builds it empty)."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 
 from sgmd_dist import preflight
 from sgmd_dist.assemble import build_architecture, build_objective
@@ -164,8 +165,14 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_shipped_recipe_passes_the_check_with_a_local_model_folder(
-    recipe: Path, world_size: int, tiny_pipeline: Path
+    recipe: Path, world_size: int, tiny_pipeline: Path, tmp_path: Path
 ):
-    loaded = load_recipe(recipe, [f"model.pretrained={tiny_pipeline}", "model.config=null"])
+    folder, family, shorter = tiny_pipeline, load_recipe(recipe).model.family, []
+    if family in FAMILIES:
+        shorter = ["model.text_tokens=5"]
+        folder = FAMILIES[family].save(tmp_path / "pipeline")
+        for part in ("text_encoder", "tokenizer"):
+            shutil.copytree(tiny_pipeline / part, folder / part)
+    loaded = load_recipe(recipe, [f"model.pretrained={folder}", "model.config=null", *shorter])
     plan = preflight.check(loaded, loaded.layout(world_size))
     assert f"{loaded.run.steps} steps" in plan[0]
