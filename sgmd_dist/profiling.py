@@ -9,7 +9,9 @@ trained.
 
 from __future__ import annotations
 
-import os
+import gzip
+import shutil
+import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -83,19 +85,16 @@ class Profiler(AbstractContextManager["Profiler"]):
         assert recording is not None
         recording.stop()
         self._request.is_set = False
-        name = f"step-{self._first:08d}-rank{self._rank:05d}"
+        stem = self._folder / f"step-{self._first:08d}-rank{self._rank:05d}"
         try:
             self._folder.mkdir(exist_ok=True)
-            trace = self._folder / f"{name}.trace.json.gz"
-            unfinished = self._folder / f".{name}.json.gz"
-            recording.export_chrome_trace(str(unfinished))
-            os.replace(unfinished, trace)
+            _write_trace(recording, stem.with_suffix(".trace.json.gz"))
             if self._on_gpu:
-                torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))
+                torch.cuda.memory._dump_snapshot(str(stem.with_suffix(".memory.pickle")))
         except OSError as error:
             logger.warning("{}: the profile cannot be written ({}); training goes on", self._folder, error)
         else:
-            logger.info("profile written: {}", trace)
+            logger.info("profile written: {}", stem.with_suffix(".trace.json.gz"))
         finally:
             if self._on_gpu:
                 torch.cuda.memory._record_memory_history(enabled=None)
@@ -105,3 +104,13 @@ class Profiler(AbstractContextManager["Profiler"]):
     ) -> None:
         if self._recording is not None:
             self._end()
+
+
+def _write_trace(recording: profile, path: Path) -> None:
+    """Write the trace packed: at the lowest level, since the other ranks wait, and torch's own packing takes longer."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        plain, packed = Path(folder) / "trace.json", Path(folder) / "packed"
+        recording.export_chrome_trace(str(plain))
+        with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=1) as target:
+            shutil.copyfileobj(source, target, 2**20)
+        packed.rename(path)
