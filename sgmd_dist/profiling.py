@@ -37,11 +37,11 @@ def check(recipe: Recipe, layout: Layout) -> None:
     Raises:
         UserError: `logging.profile.ranks` has such a rank.
     """
-    highest = max(recipe.logging.profile.ranks)
-    if highest >= layout.world_size:
+    ranks = recipe.logging.profile.ranks
+    if max(ranks) >= layout.world_size:
         raise UserError(
-            f"logging.profile.ranks: {highest} is not one of the {layout.world_size} ranks, which are numbered from 0;"
-            " give ranks that there are"
+            f"logging.profile.ranks = {ranks}: there are {layout.world_size} ranks, numbered from 0; give ranks that"
+            " there are"
         )
 
 

@@ -28,16 +28,18 @@ class ProfileSection(Section):
     """
 
     steps: tuple[int, int] | None = Field(
-        default=None, description="the first and the last step, as in [10, 12], or null"
+        default=None, description="the first and the last step, counted from 1, as in [10, 12], or null"
     )
-    ranks: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    ranks: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[0], min_length=1, description="numbers of ranks, from 0, as in [0, 3]"
+    )
     signal_steps: int = Field(default=2, ge=1)
 
     @field_validator("steps")
     @classmethod
     def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
         if steps is not None and not 1 <= steps[0] <= steps[1]:
-            raise wrong("expected the first and the last step, counted from 1, as in [10, 12]")
+            raise wrong("expected the first and the last step, counted from 1, as in [10, 12], or null")
         return steps
 
 
