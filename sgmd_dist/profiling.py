@@ -10,6 +10,7 @@ trained.
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import tempfile
 from contextlib import AbstractContextManager
@@ -54,6 +55,7 @@ class Profiler(AbstractContextManager["Profiler"]):
         self._steps = section.steps if mesh.rank in section.ranks else None
         self._recording: profile | None = None
         self._first = self._last = 0
+        logger.info("process {}: kill -USR2 records {} steps", os.getpid(), section.signal_steps)
 
     def before_step(self, step: int) -> None:
         """Begin or end a recording, where optimizer step number `step` (from 1) is the next."""

@@ -66,7 +66,7 @@ class MotionSection(Section):
     teacher_steps: int = Field(default=30, ge=1)
     lowest: float = Field(default=0.5, ge=0, le=1)
     highest: float = Field(default=1.2, ge=1)
-    max_drift: float = Field(default=1.0, gt=0)
+    max_drift: float = Field(default=0.5, gt=0)
     stop: bool = False
 
 
