@@ -14,12 +14,25 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sgmd_dist.durable import write_durably
+from sgmd_dist.wandb_run import WandbRun
 
 Reduction = Literal["mean", "sum"]
+
+# What the progress bar shows of the last log line, where the line has it, and the word for it.
+IN_BAR = {
+    "fake_score/residual": "residual",
+    "generator/teacher_fake_gap": "gap",
+    "fake_score/loss": "fake",
+    "generator/loss": "loss",
+    "generator/latent_motion": "motion",
+    "perf/tokens_per_s": "tokens/s",
+    "perf/mfu": "mfu",
+}
 
 
 class Metrics:
@@ -55,7 +68,8 @@ class Metrics:
     def timed(self, name: str) -> Iterator[None]:
         """Measure the seconds of a block, on the device's clock, as the metric `name` (mean)."""
         timer = Timer(self._device)
-        yield
+        with record_function(name):  # profiles show the block by the metric's name
+            yield
         timer.stop()
         self._timers.setdefault(name, []).append(timer)
 
@@ -105,10 +119,20 @@ class Timer:
 
 
 class RunLog(AbstractContextManager["RunLog"]):
-    """Where the main rank writes: metrics.jsonl, TensorBoard and a progress bar. Other ranks write nothing."""
+    """Where the main rank writes: metrics.jsonl, TensorBoard, W&B and a progress bar. Other ranks write nothing."""
 
-    def __init__(self, run_dir: Path, *, is_main: bool, tensorboard: bool, first_step: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        is_main: bool,
+        tensorboard: bool,
+        first_step: int,
+        num_steps: int,
+        wandb: WandbRun | None = None,
+    ) -> None:
         self._is_main = is_main
+        self._wandb = wandb
         self._path = run_dir / "metrics.jsonl"
         self._writer: SummaryWriter | None = None
         if is_main and tensorboard:
@@ -118,6 +142,12 @@ class RunLog(AbstractContextManager["RunLog"]):
         )
         if is_main:
             _cut_after(self._path, first_step)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What is logged up to now, line by line; nothing on other ranks."""
+        if self._is_main and self._path.exists():
+            with self._path.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
 
     def step(self) -> None:
         """Advance the progress bar."""
@@ -132,8 +162,9 @@ class RunLog(AbstractContextManager["RunLog"]):
         if self._writer is not None:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
-        shown = {name.split("/")[-1]: f"{value:.3g}" for name, value in scalars.items() if name.endswith("motion")}
-        self._bar.set_postfix(shown)
+        if self._wandb is not None:
+            self._wandb.write(step, scalars)
+        self._bar.set_postfix({word: f"{scalars[name]:.3g}" for name, word in IN_BAR.items() if name in scalars})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -141,6 +172,8 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def __enter__(self) -> Self:
         return self
