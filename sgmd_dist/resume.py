@@ -21,8 +21,14 @@ from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.roles import Roles
 
 BRANCH_FILE = "resumed_from"
-HISTORY = ("metrics.jsonl", "tensorboard", checkpoint.ROLLBACKS_FILE)
-FREE_SECTIONS = ("run", "checkpoint", "logging", "health")  # may change between two parts of a run without a word
+HISTORY = ("metrics.jsonl", "tensorboard", "samples", checkpoint.ROLLBACKS_FILE)
+FREE_SECTIONS = (
+    "run",
+    "checkpoint",
+    "samples",
+    "logging",
+    "health",
+)  # may change between two parts of a run without a word
 
 
 @dataclass(frozen=True)

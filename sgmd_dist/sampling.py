@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sgmd_dist import checkpoint, rng
@@ -108,11 +109,42 @@ def encode_prompts(recipe: Recipe, captions: Sequence[str]) -> Prompts:
     folder = recipe.data.text_encoder or recipe.model.pretrained
     if folder is None:
         raise UserError("data.text_encoder: prompts need a text encoder; set it to a diffusers folder with one")
+    return encode_with(Path(folder), recipe.model.text_tokens, captions)
+
+
+def encode_together(folder: Path, tokens: int, captions: Sequence[str]) -> Prompts:
+    """`encode_with` on rank 0, whose host alone holds the text encoder, handed to all. Collective.
+
+    Raises:
+        UserError: the text encoder cannot be read; on every rank.
+    """
+    found: list[Prompts | None] = [None]
+
+    def encode() -> None:
+        if dist.get_rank() == 0:
+            found[0] = encode_with(folder, tokens, captions)
+
+    checkpoint.together(encode)
+    dist.broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
+def encode_with(folder: Path, tokens: int, captions: Sequence[str]) -> Prompts:
+    """Encode captions with the text encoder of a diffusers folder, as prompts of `tokens` tokens.
+
+    Raises:
+        UserError: the text encoder cannot be read.
+    """
     encoder = TextEncoder.from_pretrained(folder)
-    tokens = recipe.model.text_tokens
     texts = [*encoder.encode(captions), *encoder.encode([NEGATIVE_PROMPT])]
     embeds = torch.stack([padded(embed.bfloat16(), tokens) for embed in texts])  # as shards store them
     return Prompts(list(captions), embeds[:-1], embeds[-1:])
+
+
+def noise_of(latent_shape: LatentShape, seed: int, number: int) -> Tensor:
+    """The noise from which the video of prompt `number` (from 0) begins: float32 on the CPU."""
+    return rng.normal(latent_shape, seed, "sample", number)
 
 
 def sample_videos(
@@ -132,7 +164,7 @@ def sample_videos(
     for start in range(0, len(prompts.captions), batch_size):
         embeds = prompts.embeds[start : start + batch_size].to(device)
         numbers = range(start, start + len(embeds))
-        noise = torch.stack([rng.normal(latent_shape, seed, "sample", number) for number in numbers]).to(device)
+        noise = torch.stack([noise_of(latent_shape, seed, number) for number in numbers]).to(device)
         velocity = guided(network, embeds, prompts.negative.to(device), guidance_scale)
         videos.append(sample(velocity, noise, num_steps, shift).cpu())
     return torch.cat(videos)

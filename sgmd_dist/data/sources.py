@@ -107,11 +107,11 @@ def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Held:
     """Raise for what the source lacks."""
     if source.startswith(WORLD):
         _check_latents(source, "the world", _world(source).latent_shape, model)
-        _text_encoder_folder(recipe)
+        text_encoder_folder(recipe, f"data.shards = {_shown(recipe.data.shards)}")
         return _Held(latents=True, pairs=False)
     if source.startswith(PROMPTS):
         captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
-        _text_encoder_folder(recipe)
+        text_encoder_folder(recipe, f"data.shards = {_shown(recipe.data.shards)}")
         if recipe.data.video is None:
             raise UserError(f"data.shards = '{source}': set data.video to num_frames, height and width of the videos")
         return _Held(latents=False, pairs=False)
@@ -123,7 +123,7 @@ def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Held:
 def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
     if not source.startswith((WORLD, PROMPTS)):
         return source
-    encoder_folder = _text_encoder_folder(recipe)
+    encoder_folder = text_encoder_folder(recipe, f"data.shards = {_shown(recipe.data.shards)}")
     if source.startswith(WORLD):
         world, dtype = _world(source), torch.float32
         facts = [source, WORLD_SAMPLES, WORLD_SEED, repr(world)]
@@ -218,13 +218,18 @@ def captions_in(file: str, said: str) -> list[str]:
     return captions
 
 
-def _text_encoder_folder(recipe: Recipe) -> Path:
+def text_encoder_folder(recipe: Recipe, wanted_by: str) -> Path:
+    """The folder of the recipe's text encoder.
+
+    Raises:
+        UserError: there is none; `wanted_by` says for what.
+    """
     key, folder = "data.text_encoder", recipe.data.text_encoder
     if folder is None:
         key, folder = "model.pretrained", recipe.model.pretrained
     if folder is None or not all((Path(folder) / part).is_dir() for part in TEXT_PARTS):
         raise UserError(
-            f"{key} = {folder!r}: data.shards = {_shown(recipe.data.shards)} needs a text encoder; set"
+            f"{key} = {folder!r}: {wanted_by} needs a text encoder; set"
             " data.text_encoder to a diffusers folder with text_encoder/ and tokenizer/"
         )
     return Path(folder)
