@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sgmd_dist import checkpoint, rng
+from sgmd_dist import checkpoint, flow, rng
 from sgmd_dist.assemble import Which, build_model, head_of, load_network, load_weights, lora_of
 from sgmd_dist.batch import padded
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
@@ -61,19 +61,25 @@ class Source:
         Raises:
             UserError: the recipe's objective trains no few-step generator.
         """
-        objective = self.recipe.objective.model_dump()
-        if "student_steps" not in objective:
+        found = few_steps_of(self.recipe)
+        if found is None:
             raise UserError(
-                f"{self.checkpoint}: objective.name = {objective['name']} trains no few-step generator; give a"
+                f"{self.checkpoint}: objective.name = {self.recipe.objective.name} trains no few-step generator; give a"
                 " distillation's checkpoint, or sample with --steps and --shift"
             )
-        return objective["student_steps"], objective["sigma_shift"]
+        return found
 
     @property
     def pretrained(self) -> Path | None:
         """The pipeline folder with VAE and text encoder."""
         folder = self.recipe.model.pretrained
         return None if folder is None else Path(folder)
+
+
+def few_steps_of(recipe: Recipe) -> tuple[int, float] | None:
+    """Number of steps and time shift of the chain that a recipe trains a generator for; None where it trains none."""
+    objective = recipe.objective.model_dump()
+    return (objective["student_steps"], objective["sigma_shift"]) if "student_steps" in objective else None
 
 
 def open_source(path: Path) -> Source:
@@ -145,6 +151,24 @@ def encode_with(folder: Path, tokens: int, captions: Sequence[str]) -> Prompts:
 def noise_of(latent_shape: LatentShape, seed: int, number: int) -> Tensor:
     """The noise from which the video of prompt `number` (from 0) begins: float32 on the CPU."""
     return rng.normal(latent_shape, seed, "sample", number)
+
+
+@torch.no_grad()
+def sample_video(
+    network: Network,
+    prompts: Prompts,
+    number: int,
+    latent_shape: LatentShape,
+    *,
+    sigmas: Sequence[float],
+    seed: int,
+    guidance_scale: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The video of prompt `number`: `[C, F, H, W]` float32 on the CPU, by Euler steps over `sigmas`."""
+    embeds, negative = prompts.embeds[number : number + 1].to(device), prompts.negative.to(device)
+    noise = noise_of(latent_shape, seed, number)[None].to(device)
+    return flow.integrate(guided(network, embeds, negative, guidance_scale), noise, sigmas)[0].cpu()
 
 
 def sample_videos(

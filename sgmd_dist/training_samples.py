@@ -37,7 +37,6 @@ from sgmd_dist.sampling import encode_together, noise_of
 from sgmd_dist.video_folder import (
     INDEX,
     Take,
-    sheet_gif,
     sheet_of,
     takes_of,
     tile_of,
@@ -170,7 +169,8 @@ class TrainingSamples:
         sheets = sheet_of(self._takes, tiles)
         with _warning_of_files():
             write_sheet(folder / "sheet.gif", sheets)
-        return sheet_gif(sheets)
+            return (folder / "sheet.gif").read_bytes()
+        return None
 
     def _write_own(self, folder: Path, latents: Mapping[Take, Tensor]) -> dict[Take, Tensor]:
         """Decode and write this rank's videos; returns their tiles."""

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 from sgmd_dist.decode import write_video
 from sgmd_dist.durable import write_durably
 from sgmd_dist.errors import UserError
-from sgmd_dist.evaluation import animated_gif, contact_sheets
+from sgmd_dist.evaluation import contact_sheet, write_sheets_gif
 
 INDEX = "videos.json"
 TILE_WIDTH = 160
@@ -75,12 +75,7 @@ def sheet_of(takes: Sequence[Take], tiles: Mapping[Take, Tensor]) -> list[Image.
     captions = {take.number: take.caption for take in takes}
     seeds = dict.fromkeys(take.seed for take in takes)
     columns = {f"seed {seed}": [tiles[Take(*row, seed)] for row in captions.items()] for seed in seeds}
-    return contact_sheets(columns, prompts=[*captions.values()], tile_width=TILE_WIDTH)
-
-
-def sheet_gif(sheets: Sequence[Image.Image]) -> bytes:
-    """A sheet in motion, as an animated gif."""
-    return animated_gif(sheets, max(1.0, len(sheets) / _SHEET_SECONDS))
+    return contact_sheet(columns, lambda rgb: rgb, prompts=[*captions.values()], tile_width=TILE_WIDTH)
 
 
 def write_sheet(path: Path, sheets: Sequence[Image.Image]) -> None:
@@ -92,7 +87,7 @@ def write_sheet(path: Path, sheets: Sequence[Image.Image]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".gif":
-            path.write_bytes(sheet_gif(sheets))
+            write_sheets_gif(path, sheets, max(1.0, len(sheets) / _SHEET_SECONDS))
         else:
             sheets[len(sheets) // 2].save(path)
     except OSError as error:
