@@ -47,8 +47,9 @@ def main() -> None:
     seeds = range(args.num_seeds) if args.num_seeds else list(dict.fromkeys(args.seeds))
     with process_group() as device:
         generator = open_generator(args.model, options)
-        prompts = encode_together(generator.text_encoder, generator.text_tokens, read_captions(args.prompts))
-        takes = takes_of(prompts.captions, seeds)
+        captions = read_captions(args.prompts)
+        prompts = encode_together(generator.text_encoder, generator.model, generator.text_tokens, captions)
+        takes = takes_of(captions, seeds)
         write_videos(
             generator,
             prompts,

@@ -71,6 +71,7 @@ class Generator:
 
     path: Path
     which: Which
+    model: VideoModel
     load: Callable[[torch.device], Network]
     sigmas: list[float]
     shift: float | None
@@ -109,6 +110,7 @@ def _of_checkpoint(path: Path, options: Options) -> Generator:
     return Generator(
         source.checkpoint,
         options.which,
+        model,
         lambda device: source.network(options.which, device),
         flow.sampling_sigmas(num_steps, shift),
         shift,
@@ -137,6 +139,7 @@ def _of_folder(path: Path, options: Options) -> Generator:
     return Generator(
         path,
         options.which,
+        model,
         lambda device: load_network(model, None, device),
         *_chain(path, recipe, options),
         _latent_shape(path, recipe, model, options),

@@ -115,10 +115,10 @@ def encode_prompts(recipe: Recipe, captions: Sequence[str]) -> Prompts:
     folder = recipe.data.text_encoder or recipe.model.pretrained
     if folder is None:
         raise UserError("data.text_encoder: prompts need a text encoder; set it to a diffusers folder with one")
-    return encode_with(Path(folder), recipe.model.text_tokens, captions)
+    return encode_with(Path(folder), build_model(recipe, "generator"), recipe.model.text_tokens, captions)
 
 
-def encode_together(folder: Path, tokens: int, captions: Sequence[str]) -> Prompts:
+def encode_together(folder: Path, model: VideoModel, tokens: int, captions: Sequence[str]) -> Prompts:
     """`encode_with` on rank 0, whose host alone holds the text encoder, handed to all. Collective.
 
     Raises:
@@ -128,7 +128,7 @@ def encode_together(folder: Path, tokens: int, captions: Sequence[str]) -> Promp
 
     def encode() -> None:
         if dist.get_rank() == 0:
-            found[0] = encode_with(folder, tokens, captions)
+            found[0] = encode_with(folder, model, tokens, captions)
 
     checkpoint.together(encode)
     dist.broadcast_object_list(found)
@@ -136,13 +136,18 @@ def encode_together(folder: Path, tokens: int, captions: Sequence[str]) -> Promp
     return found[0]
 
 
-def encode_with(folder: Path, tokens: int, captions: Sequence[str]) -> Prompts:
-    """Encode captions with the text encoder of a diffusers folder, as prompts of `tokens` tokens.
+def encode_with(folder: Path, model: VideoModel, tokens: int, captions: Sequence[str]) -> Prompts:
+    """Encode captions with the text encoder of a diffusers folder, as prompts of `tokens` tokens for `model`.
 
     Raises:
-        UserError: the text encoder cannot be read.
+        UserError: the text encoder cannot be read, or is another model's.
     """
     encoder = TextEncoder.from_pretrained(folder)
+    if encoder.width != model.text_dim():
+        raise UserError(
+            f"{folder}: its text encoder makes embeddings of {encoder.width} numbers, the model's text_dim is"
+            f" {model.text_dim()}; name the folder of this model's text encoder"
+        )
     texts = [*encoder.encode(captions), *encoder.encode([NEGATIVE_PROMPT])]
     embeds = torch.stack([padded(embed.bfloat16(), tokens) for embed in texts])  # as shards store them
     return Prompts(list(captions), embeds[:-1], embeds[-1:])

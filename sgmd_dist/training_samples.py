@@ -78,11 +78,10 @@ class TrainingSamples:
     def __init__(self, section: SamplesSection, recipe: Recipe, mesh: Mesh, roles: Roles) -> None:
         self._section, self._recipe, self._mesh, self._roles = section, recipe, mesh, roles
         self._chain = few_step_chain(recipe, "samples")
-        captions = captions_of(section)
-        self._prompts = encode_together(
-            text_encoder_folder(recipe, "samples.prompts"), recipe.model.text_tokens, captions
-        )
-        self._latent_shape = latent_shape_of(recipe, build_model(recipe, "generator"))
+        captions, model = captions_of(section), build_model(recipe, "generator")
+        folder = text_encoder_folder(recipe, "samples.prompts")
+        self._prompts = encode_together(folder, model, recipe.model.text_tokens, captions)
+        self._latent_shape = latent_shape_of(recipe, model)
         self._takes = takes_of(captions, section.seeds)
 
     def is_due(self, step: int) -> bool:
