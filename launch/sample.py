@@ -43,7 +43,15 @@ def main() -> None:
     from sgmd_dist.video_folder import takes_of
 
     which = "generator.ema" if args.ema else "generator"
-    options = Options(which, args.steps, args.shift, args.size, args.pretrained, args.recipe, args.family)
+    options = Options(
+        which,
+        num_steps=args.steps,
+        shift=args.shift,
+        size=args.size,
+        pretrained=args.pretrained,
+        recipe=args.recipe,
+        family=args.family,
+    )
     seeds = range(args.num_seeds) if args.num_seeds else list(dict.fromkeys(args.seeds))
     with process_group() as device:
         generator = open_generator(args.model, options)

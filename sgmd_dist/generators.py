@@ -62,6 +62,7 @@ class Generator:
     Attributes:
         path: the checkpoint or folder.
         which: the weights.
+        model: the network's architecture.
         load: makes the network on a device.
         sigmas: of the Euler chain, descending, the last one 0.
         shift: the time shift that made them, None where a scheduler did.
@@ -88,7 +89,7 @@ def open_generator(path: Path, options: Options) -> Generator:
         UserError: it is nothing that can be sampled, or it lacks something that an option can say.
     """
     if (path / checkpoint.FOLDER).is_dir() or not any((path / name).exists() for name in _MARKS):
-        return _of_checkpoint(path, options)
+        return _of_checkpoint(_checkpoint(path), options)
     if (path / ADAPTER_FILE).exists():
         raise UserError(
             f"{path}: holds an adapter without its base; sample the run or checkpoint that it was exported from, or"
@@ -98,6 +99,15 @@ def open_generator(path: Path, options: Options) -> Generator:
 
 
 _MARKS = (PIPELINE_INDEX, _TRANSFORMER, "config.json", ADAPTER_FILE)
+
+
+def _checkpoint(path: Path) -> Path:
+    try:
+        return checkpoint.find(path)
+    except UserError as error:
+        raise UserError(
+            f"{error}, or a diffusers folder with {PIPELINE_INDEX}, {_TRANSFORMER}/ or config.json"
+        ) from None
 
 
 def _of_checkpoint(path: Path, options: Options) -> Generator:

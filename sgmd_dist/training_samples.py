@@ -25,8 +25,8 @@ from sgmd_dist import flow
 from sgmd_dist.assemble import build_model
 from sgmd_dist.checkpoint import together
 from sgmd_dist.data.sources import captions_in, latent_shape_of, text_encoder_folder
-from sgmd_dist.decode import ToRgb, decoder
-from sgmd_dist.errors import UserError
+from sgmd_dist.decode import decoder
+from sgmd_dist.errors import UserError, describe
 from sgmd_dist.health import few_step_chain
 from sgmd_dist.parallel.mesh import Mesh
 from sgmd_dist.recipe import Recipe
@@ -83,6 +83,7 @@ class TrainingSamples:
         self._prompts = encode_together(folder, model, recipe.model.text_tokens, captions)
         self._latent_shape = latent_shape_of(recipe, model)
         self._takes = takes_of(captions, section.seeds)
+        self._waits_for_teacher = section.teacher
 
     def is_due(self, step: int) -> bool:
         """Whether videos are to be taken after optimizer step number `step` (0: before the first)."""
@@ -95,7 +96,8 @@ class TrainingSamples:
         """
         self._roles.train_only(None)
         place = self._folder / f"step-{step:08d}"
-        sheets = self._teacher() if self._section.teacher else {}
+        sheets = self._teacher() if self._waits_for_teacher else {}
+        self._waits_for_teacher = False
         sheets["generator"] = self._generator(place / "generator", step, "generator")
         if self._section.ema:
             with self._roles["generator"].averaged():
@@ -103,7 +105,7 @@ class TrainingSamples:
         return {name: sheet for name, sheet in sheets.items() if sheet is not None}
 
     def _generator(self, folder: Path, step: int, which: str) -> bytes | None:
-        network = self._roles["generator"].run
+        network, negative = self._roles["generator"].run, self._prompts.negative
         facts = {
             "run": self._recipe.run.name,
             "step": step,
@@ -112,7 +114,7 @@ class TrainingSamples:
             "shift": self._chain.sigma_shift,
             "guidance_scale": 1.0,
         }
-        return self._write(folder, facts, self.latents(lambda embeds: guided(network, embeds, embeds[:1], 1.0), facts))
+        return self._write(folder, facts, self.latents(lambda embeds: guided(network, embeds, negative, 1.0), facts))
 
     def _teacher(self) -> dict[str, bytes | None]:
         """The teacher's videos, where the folder does not hold them yet."""
@@ -129,11 +131,8 @@ class TrainingSamples:
         if kept[0]:
             return {}
         logger.info("sampling the teacher, once")
-        negative, scale, mode = (
-            self._prompts.negative.to(self._mesh.device),
-            facts["guidance_scale"],
-            self._chain.guidance,
-        )
+        negative, scale = self._prompts.negative.to(self._mesh.device), facts["guidance_scale"]
+        mode = self._chain.guidance
         latents = self.latents(lambda embeds: guided(network, embeds, negative, scale, mode), facts)
         return {TEACHER: self._write(folder, facts, latents)}
 
@@ -161,45 +160,42 @@ class TrainingSamples:
         if not self._mesh.is_main:
             return None
         tiles = {take: tile for part in parts for take, tile in part.items()}
-        with _warning_of_files():
-            write_index(folder, self._takes, self._section.formats, facts)
         if len(tiles) < len(self._takes):
             return None
-        sheets = sheet_of(self._takes, tiles)
         with _warning_of_files():
-            write_sheet(folder / "sheet.gif", sheets)
+            write_sheet(folder / "sheet.gif", sheet_of(self._takes, tiles))
+            write_index(folder, self._takes, self._section.formats, facts)
             return (folder / "sheet.gif").read_bytes()
         return None
 
     def _write_own(self, folder: Path, latents: Mapping[Take, Tensor]) -> dict[Take, Tensor]:
-        """Decode and write this rank's videos; returns their tiles."""
+        """Decode and write this rank's videos; returns the tiles of those that the device had memory for."""
         tiles: dict[Take, Tensor] = {}
-        if not latents:
-            return tiles
-        with _decoding(self._recipe.model.pretrained, self._mesh.device) as to_rgb:
-            for take, video in latents.items():
-                rgb = to_rgb(video)
-                tiles[take] = tile_of(rgb)
-                with _warning_of_files():
-                    write_take(folder, take, rgb, self._section.formats, self._section.frames_per_second)
+        device = self._mesh.device
+        try:
+            self._decode(folder, latents, tiles)
+        except torch.OutOfMemoryError as error:
+            logger.warning("samples: no memory on {} to decode them beside the training ({})", device, describe(error))
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         return tiles
+
+    def _decode(self, folder: Path, latents: Mapping[Take, Tensor], tiles: dict[Take, Tensor]) -> None:
+        """Write videos and add their tiles, with a VAE that is in memory for as long as this takes."""
+        if not latents:
+            return
+        pretrained = self._recipe.model.pretrained
+        to_rgb = decoder(None if pretrained is None else Path(pretrained), self._mesh.device)
+        for take, video in latents.items():
+            rgb = to_rgb(video)
+            tiles[take] = tile_of(rgb)
+            with _warning_of_files():
+                write_take(folder, take, rgb, self._section.formats, self._section.frames_per_second)
 
     @property
     def _folder(self) -> Path:
         return Path(self._recipe.run.dir) / FOLDER
-
-
-@contextmanager
-def _decoding(pretrained: str | None, device: torch.device) -> Iterator[ToRgb]:
-    """A decoder on the device for as long as it is needed. Where it does not fit beside the training, that is said and
-    the rest of the block left out."""
-    try:
-        yield decoder(None if pretrained is None else Path(pretrained), device)
-    except torch.OutOfMemoryError as error:
-        logger.warning("samples: no memory on {} to decode them beside the training ({})", device, error)
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 @contextmanager
