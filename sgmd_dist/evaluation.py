@@ -80,9 +80,34 @@ def _quantiles(values: Tensor, size: int) -> Tensor:
     return values[(levels * len(values)).long()]
 
 
+def contact_sheet(
+    columns: Mapping[str, Sequence[Tensor]],
+    to_rgb: ToRgb,
+    *,
+    prompts: Sequence[str] = (),
+    tile_width: int = 120,
+    smooth: bool = True,
+) -> list[Image.Image]:
+    """The frames of a picture of videos: one row per video, one column per key of `columns` under its title.
+
+    Args:
+        columns: title -> latents `[N, C, F, H, W]`, the same N and F everywhere; row i shows every column's video i.
+        to_rgb: latents `[C, F, H, W]` -> pictures uint8 `[F, H', W', 3]`.
+        prompts: written above the rows, where given, cut where they are longer than a row.
+        tile_width: pixels of a video's width in the picture; the height follows.
+        smooth: bicubic enlargement instead of visible pixels.
+    """
+    videos = {title: [_enlarge(to_rgb(x), tile_width, smooth) for x in latents] for title, latents in columns.items()}
+    if len({(len(rows), len(rows[0])) for rows in videos.values()}) != 1:
+        counts = {title: (len(rows), len(rows[0])) for title, rows in videos.items()}
+        raise ValueError(f"contact_sheet: columns differ in (videos, frames): {counts}")
+    num_frames = len(next(iter(videos.values()))[0])
+    return [_sheet(videos, frame, prompts) for frame in range(num_frames)]
+
+
 def contact_sheet_gif(
     path: str | Path,
-    columns: Mapping[str, Tensor],
+    columns: Mapping[str, Sequence[Tensor]],
     to_rgb: ToRgb,
     *,
     prompts: Sequence[str] = (),
@@ -90,24 +115,15 @@ def contact_sheet_gif(
     smooth: bool = True,
     frames_per_second: float = 8.0,
 ) -> None:
-    """Write an endlessly repeated gif: one row per video, one column per key of `columns` under its title.
+    """Write `contact_sheet(...)` as an endlessly repeated gif."""
+    sheets = contact_sheet(columns, to_rgb, prompts=prompts, tile_width=tile_width, smooth=smooth)
+    write_sheets_gif(Path(path), sheets, frames_per_second)
 
-    Args:
-        columns: title -> latents `[N, C, F, H, W]`, the same N and F everywhere; row i shows every column's video i.
-        to_rgb: latents `[C, F, H, W]` -> pictures uint8 `[F, H', W', 3]`.
-        prompts: written above the rows, where given.
-        tile_width: pixels of a video's width in the picture; the height follows.
-        smooth: bicubic enlargement instead of visible pixels.
-    """
-    videos = {title: [_enlarge(to_rgb(x), tile_width, smooth) for x in latents] for title, latents in columns.items()}
-    if len({(len(rows), len(rows[0])) for rows in videos.values()}) != 1:
-        counts = {title: (len(rows), len(rows[0])) for title, rows in videos.items()}
-        raise ValueError(f"contact_sheet_gif: columns differ in (videos, frames): {counts}")
-    num_frames = len(next(iter(videos.values()))[0])
-    sheets = [_sheet(videos, frame, prompts) for frame in range(num_frames)]
+
+def write_sheets_gif(path: Path, sheets: Sequence[Image.Image], frames_per_second: float) -> None:
+    """Write the frames of a contact sheet as an endlessly repeated gif of one palette."""
     palette = Image.fromarray(np.concatenate([np.asarray(sheet) for sheet in sheets])).quantize(256)
     frames = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     frames[0].save(
         path, save_all=True, append_images=frames[1:], duration=round(1000 / frames_per_second), loop=0, optimize=False
@@ -135,5 +151,14 @@ def _sheet(videos: Mapping[str, list[list[Image.Image]]], frame: int, prompts: S
         for row, video in enumerate(rows):
             sheet.paste(video[frame], (left, _TITLE_HEIGHT + row * row_height + prompt_height))
     for row, prompt in enumerate(prompts[:num_rows]):
-        draw.text((_GAP, _TITLE_HEIGHT + row * row_height + 2), prompt, fill=_INK)
+        draw.text((_GAP, _TITLE_HEIGHT + row * row_height + 2), _cut(prompt, sheet.width - 2 * _GAP, draw), fill=_INK)
     return sheet
+
+
+def _cut(text: str, width: int, draw: ImageDraw.ImageDraw) -> str:
+    """`text` where it fits into `width` pixels, else its beginning and dots."""
+    if draw.textlength(text) <= width:
+        return text
+    while text and draw.textlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."

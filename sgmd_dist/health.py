@@ -51,16 +51,18 @@ def check(recipe: Recipe) -> None:
             " give up before the others give it up; lower data.read_timeout or raise health.timeout"
         )
     if recipe.health.motion is not None:
-        _chain(recipe)
+        few_step_chain(recipe, "health.motion")
 
 
-def _chain(recipe: Recipe) -> DistillationSection:
+def few_step_chain(recipe: Recipe, key: str) -> DistillationSection:
+    """The objective's section, which has the generator's few-step chain and the teacher's guidance.
+
+    Raises:
+        UserError: the objective trains no few-step generator, which `key` asks for.
+    """
     section = recipe.objective
     if not isinstance(section, DistillationSection):
-        raise UserError(
-            f"health.motion: objective.name = {section.name} trains no few-step generator whose samples could be held"
-            " against a teacher's; remove health.motion"
-        )
+        raise UserError(f"{key}: objective.name = {section.name} trains no few-step generator to sample; remove {key}")
     return section
 
 
@@ -97,7 +99,7 @@ class MotionWatch:
     def __init__(self, section: MotionSection, recipe: Recipe, mesh: Mesh, index: ShardIndex, roles: Roles) -> None:
         self.section = section
         self._recipe, self._mesh, self._index, self._roles = recipe, mesh, index, roles
-        self._chain = _chain(recipe)
+        self._chain = few_step_chain(recipe, "health.motion")
         self._batches = list(_first_samples(section.samples, recipe, mesh, index))
         self._teacher_look: Look | None = None
 

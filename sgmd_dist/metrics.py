@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import Any, Literal, Self
 import torch
 import torch.distributed as dist
 from loguru import logger
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] (protobuf)
 from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
@@ -165,6 +168,15 @@ class RunLog(AbstractContextManager["RunLog"]):
         if self._wandb is not None:
             self._wandb.write(step, scalars)
         self._bar.set_postfix({word: f"{scalars[name]:.3g}" for name, word in IN_BAR.items() if name in scalars})
+
+    def animate(self, name: str, gif: bytes, step: int) -> None:
+        """Show an animated picture of optimizer step number `step` in TensorBoard."""
+        if self._writer is None or self._writer.file_writer is None:
+            return
+        with Image.open(io.BytesIO(gif)) as picture:
+            width, height = picture.size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

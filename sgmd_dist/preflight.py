@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sgmd_dist import health, profiling, resume, wandb_run
+from sgmd_dist import health, profiling, resume, training_samples, wandb_run
 from sgmd_dist.assemble import build_objective, plan_networks
 from sgmd_dist.data.sources import check_sources, latent_shape_of
 from sgmd_dist.errors import UserError
@@ -30,6 +30,7 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
     health.check(recipe)
     wandb_run.check(recipe)
     profiling.check(recipe, layout)
+    training_samples.check(recipe)
     resume.decide(recipe)
     _check_attention(recipe, generator)
     lines = [

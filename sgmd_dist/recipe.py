@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from sgmd_dist import registry
 from sgmd_dist.layout import Layout, place
+from sgmd_dist.samples_section import SamplesSection
 from sgmd_dist.schedule import NonNegative, Positive, UnitInterval, constant
 from sgmd_dist.section import Section, wrong
 from sgmd_dist.watch_sections import HealthSection, LoggingSection
@@ -306,6 +307,7 @@ class Recipe(Section):
     data: DataSection
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    samples: SamplesSection | None = None
     logging: LoggingSection = LoggingSection()
     health: HealthSection = HealthSection()
 

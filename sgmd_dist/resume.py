@@ -22,8 +22,9 @@ from sgmd_dist.roles import Roles
 from sgmd_dist.wandb_run import ID_FILE
 
 BRANCH_FILE = "resumed_from"
-HISTORY = ("metrics.jsonl", "tensorboard", checkpoint.ROLLBACKS_FILE, ID_FILE)
-FREE_SECTIONS = ("run", "checkpoint", "logging", "health")  # may change between two parts of a run without a word
+HISTORY = ("metrics.jsonl", "tensorboard", "samples", checkpoint.ROLLBACKS_FILE, ID_FILE)
+# May change between two parts of a run without a word.
+FREE_SECTIONS = ("run", "checkpoint", "samples", "logging", "health")
 
 
 @dataclass(frozen=True)

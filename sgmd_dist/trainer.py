@@ -32,6 +32,7 @@ from sgmd_dist.recipe_file import dump_recipe
 from sgmd_dist.resume import begin
 from sgmd_dist.rollback import Rollbacks
 from sgmd_dist.stepper import Stepper
+from sgmd_dist.training_samples import TrainingSamples
 from sgmd_dist.wandb_run import WandbRun
 
 LOCK_FILE = ".lock"
@@ -59,6 +60,8 @@ class Trainer(Stepper):
         super().__init__(recipe, mesh, objective, networks, self._batches_read)
         motion = recipe.health.motion
         self._motion = None if motion is None else MotionWatch(motion, recipe, mesh, index, self.roles)
+        samples = recipe.samples
+        self._samples = None if samples is None else TrainingSamples(samples, recipe, mesh, self.roles)
         self.saver = checkpoint.Saver(
             self.run_dir,
             recipe=dump_recipe(recipe),
@@ -98,11 +101,14 @@ class Trainer(Stepper):
         end: End = "done"
         with self._open_log() as log, self._profiler:
             self._alarms = Alarms(self.recipe.health.alarms if self.mesh.is_main else None, log.lines())
+            if self.step == 0:
+                self._take_samples(log)
             while self.step < steps:
                 self._profiler.before_step(self.step + 1)
                 self.train_step()
                 stopping, ended = self._settle()
                 ended |= self._motion_ends_it()
+                self._take_samples(log, at_once=ended)
                 if self._log(log, at_once=stopping or ended) >= self.recipe.health.max_skipped:
                     end = "failing"
                     break
@@ -163,6 +169,15 @@ class Trainer(Stepper):
         for name, value in found.items():
             self.metrics.record(name, value)
         return ends
+
+    def _take_samples(self, log: RunLog, *, at_once: bool = False) -> None:
+        """Write videos of the generator, where the recipe says so. Collective."""
+        if self._samples is None or not (self._samples.is_due(self.step) or at_once):
+            return
+        self.before_write()  # weights and average trade places for a while
+        with self.metrics.timed("time/samples_s"):
+            for name, sheet in self._samples.take(self.step).items():
+                log.animate(f"samples/{name}", sheet, self.step)
 
     def before_write(self) -> None:
         """Wait until a save in flight has copied the tensors that the optimizer is about to change."""

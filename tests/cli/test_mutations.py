@@ -25,7 +25,7 @@ LAUNCHES = [
     "launch/train.py {recipe} --check parallel.ulysses=2 parallel.ring=2 --world-size 4",
     "launch/plan.py {recipe} --nodes 2 --gpus-per-node 8 --gpu-memory 80",
     "launch/train.py --inspect-checkpoint {nothing}",
-    "launch/sample.py {nothing} --prompts a b --out {nothing}/videos --format gif --seed 3",
+    "launch/sample.py {nothing} --prompts a b --out {nothing}/videos --format gif --seeds 3 4 --size 81x480x832",
     "launch/evaluate.py {nothing} --repeats 1 --teacher-steps 10",
     "launch/export.py {nothing} {nothing}/out --ema",
     "launch/prepare.py videos {nothing} {nothing}/out --pretrained {nothing} --buckets 81x480x832 --fps 16",

@@ -18,7 +18,7 @@ data: {shards: some/folder}
 """
 
 RUN_KEYS = "name, dir, seed, steps, resume, log_every"
-SECTIONS = "run, model, objective, optim, data, parallel, checkpoint, logging, health"
+SECTIONS = "run, model, objective, optim, data, parallel, checkpoint, samples, logging, health"
 OBJECTIVES = ", ".join(registry.available(registry.OBJECTIVES))
 FAMILIES = ", ".join(registry.available(registry.MODELS))
 A_SCHEDULE = "{schedule: linear, from: 0.0, to: 0.1, steps: 500}"
