@@ -158,9 +158,9 @@ def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
 
 def _evaluated(run_dir: Path) -> str:
     """Which weights were evaluated, where that was written down."""
-    path = run_dir / _PROTOCOL_FILE
     try:
-        protocol = json.loads(path.read_text(encoding="utf-8"))
-        return f", of {protocol['which']} in {protocol['checkpoint']}"
-    except (OSError, ValueError, KeyError, TypeError):
+        protocol = json.loads((run_dir / _PROTOCOL_FILE).read_text(encoding="utf-8"))
+        evaluated = protocol.get("evaluated", protocol)
+        return f", of {evaluated['which']} in {evaluated['checkpoint']}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -36,7 +37,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = run_forked(f"{TRAIN.format(run=folder / name)} {more}")
         assert done.code == 0, done.output
     (folder / "full/scores.json").write_text('{"before": {"swd": 0.25}, "after": {"swd": 0.125, "note": "x"}}')
-    (folder / "full/protocol.json").write_text('{"which": "generator", "checkpoint": "step-00000002"}')
+    evaluated = {"which": "generator", "checkpoint": "step-00000002"}
+    (folder / "full/protocol.json").write_text(json.dumps({"protocol": {}, "evaluated": evaluated}))
     return folder
 
 
@@ -170,3 +172,13 @@ def test_a_killed_export_leaves_no_folder_and_the_next_one_succeeds(export: Expo
     assert export("full", "").code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert WanTransformer3DModel.from_pretrained(tmp_path / "out", local_files_only=True).config.num_layers == 4
+
+
+def test_scores_that_cannot_be_read_are_named(export: Export, runs: Path, tmp_path: Path) -> None:
+    scores = runs / "lora/scores.json"
+    scores.write_text('{"after": ')
+    done = export("lora", "")
+    scores.unlink()
+    assert done.code == 2 and len(done.errors()) == 1, done.output
+    assert "lora/scores.json: cannot be read (" in done.output and "remove the file" in done.output
+    assert list(tmp_path.iterdir()) == []
