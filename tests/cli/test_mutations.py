@@ -27,7 +27,7 @@ LAUNCHES = [
     "launch/train.py --inspect-checkpoint {nothing}",
     "launch/sample.py {nothing} --prompts a b --out {nothing}/videos --format gif --seeds 3 4 --size 81x480x832",
     "launch/evaluate.py {nothing} --repeats 1 --teacher-steps 10",
-    "launch/export.py {nothing} {nothing}/out --ema",
+    "launch/export.py {nothing} {nothing}/out --ema --svd-rank 4 --keys original --dtype bfloat16 --max-shard-size 5GB",
     "launch/prepare.py videos {nothing} {nothing}/out --pretrained {nothing} --buckets 81x480x832 --fps 16",
     "launch/prepare.py prompts {nothing} {nothing}/out --pretrained {nothing} --video 81 480 832",
     "launch/prepare.py pairs {nothing} {nothing}/out --samples 10",
