@@ -44,10 +44,12 @@ def main() -> None:
     from sgmd_dist.parallel.mesh import process_group
 
     with process_group() as device:
-        if args.vbench is not None:
-            _make_vbench(args, device)
-        else:
+        if args.vbench is None:
             _evaluate(args, device)
+            return
+        is_main = _make_vbench(args, device)
+    if is_main:
+        _run_vbench(args)  # with the device's memory free
 
 
 def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
@@ -90,9 +92,8 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
     print(" ".join(f"{out}/{name}" for name in evaluation_files.NAMES))
 
 
-def _make_vbench(args: argparse.Namespace, device: torch.device) -> None:
-    import shlex
-
+def _make_vbench(args: argparse.Namespace, device: torch.device) -> bool:
+    """Make the videos; returns whether this is the rank that goes on."""
     import torch.distributed as dist
 
     from sgmd_dist import vbench
@@ -108,15 +109,23 @@ def _make_vbench(args: argparse.Namespace, device: torch.device) -> None:
     evaluated = evaluated_of(source, which, device, num_ranks, args.batch_size)
     together(lambda: vbench.prepare(args.vbench, videos, evaluated) if is_main else None)
     made = sum(together(lambda: vbench.make_videos(args.vbench, videos, which, source, device, args.batch_size)))
-    if not is_main:
-        return
-    print(f"{args.vbench}/videos: {len(videos.names)} videos, {made} of them new", flush=True)
+    if is_main:
+        print(f"{args.vbench}/videos: {len(videos.names)} videos, {made} of them new", flush=True)
+    return is_main
+
+
+def _run_vbench(args: argparse.Namespace) -> None:
+    import shlex
+
+    from sgmd_dist import vbench
+
+    python = vbench.find_python()
     dimensions = args.vbench_dimensions or vbench.ANY_PROMPT
-    call = vbench.command(args.vbench, dimensions, args.vbench_standard)
-    if vbench.is_installed():
-        vbench.run(call)
+    call = vbench.command(python or "python", args.vbench, dimensions, args.vbench_standard)
+    if python is None:
+        print(f"VBench is not installed. In an environment that has it (pip install vbench), run:\n{shlex.join(call)}")
     else:
-        print(f"VBench is not installed (pip install vbench). Where it is, run:\n{shlex.join(call)}")
+        vbench.run(call)
 
 
 def _real_videos(shards: str | None, source: Source, shape: LatentShape) -> list[RealVideos]:

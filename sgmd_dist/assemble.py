@@ -251,7 +251,7 @@ def model_of_checkpoint(path: Path, role: str = "generator") -> tuple[Recipe, Vi
 def load_weights(
     path: Path, which: Which, model: VideoModel, lora: Lora | None = None, head: HeadSection | None = None
 ) -> dict[str, Tensor]:
-    """Full float32 tensors of one network of a checkpoint, on the CPU, without a process group.
+    """Full float32 tensors of one network of a checkpoint, on the CPU, by this process alone.
 
     Args:
         lora: the role's adapter, whose tensors alone are in the checkpoint then, and in the result.

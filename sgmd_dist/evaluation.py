@@ -24,7 +24,7 @@ _INK = (235, 235, 235)
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` returns; None where there are no real videos.
+    """What `score` returns; None without real videos, and for energies of single videos.
 
     Attributes:
         swd: sliced Wasserstein distance to the reference; lower is better, 0 for equal sets. Two different sets of
@@ -33,10 +33,10 @@ class Scores:
             oversharp pictures and flicker raise it, so read it beside the other columns.
         speed_ratio: mean `speed` over the reference's; 1 is best. It sees displacement alone.
         jitter: mean temporal inconsistency (see `motion.jitter`); lower is better, 0 for a rigid constant move.
-        energy: squared energy distance to the reference per root of a latent's number of elements; lower is better.
-            Unbiased: two sets of one distribution have the mean 0, and single values may be negative.
         consistency: mean cosine similarity of neighbouring frames; the reference's is best.
         colour_drift: mean change of the mean colour from the first to the last frame; the reference's is best.
+        energy: squared energy distance to the reference per root of a latent's number of elements; lower is better.
+            Unbiased: two sets of one distribution have the mean 0, and single values may be negative.
         swd_real, energy_real: `swd` and `energy` to real videos instead of the reference.
     """
 
@@ -44,9 +44,9 @@ class Scores:
     motion_ratio: float
     speed_ratio: float
     jitter: float
-    energy: float
     consistency: float
     colour_drift: float
+    energy: float | None = None
     swd_real: float | None = None
     energy_real: float | None = None
 
@@ -63,7 +63,9 @@ def score(
     def swd(others: Tensor) -> float:
         return sliced_wasserstein(samples, others, num_projections, seed)
 
-    def energy(others: Tensor) -> float:
+    def energy(others: Tensor) -> float | None:
+        if min(len(samples), len(others)) < 2:
+            return None
         return energy_distance(samples.flatten(1), others.flatten(1)) / samples[0].numel() ** 0.5
 
     return Scores(
@@ -71,9 +73,9 @@ def score(
         motion_ratio=float(latent_motion(samples).mean() / latent_motion(reference).mean().clamp_min(1e-12)),
         speed_ratio=float(speed(samples).mean() / speed(reference).mean().clamp_min(1e-12)),
         jitter=float(jitter(samples).mean()),
-        energy=energy(reference),
         consistency=float(frame_consistency(samples).mean()),
         colour_drift=float(colour_drift(samples).mean()),
+        energy=energy(reference),
         swd_real=None if real is None else swd(real),
         energy_real=None if real is None else energy(real),
     )

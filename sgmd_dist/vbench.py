@@ -15,6 +15,9 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -87,10 +90,7 @@ def _stem(prompt: str) -> str:
 def make_videos(
     folder: Path, videos: Videos, which: Which, source: Source, device: torch.device, batch_size: int
 ) -> int:
-    """Sample what `folder` lacks; the ranks share it out. Returns how many this rank made. Collective.
-
-    The folder is one of `prepare`.
-    """
+    """Sample what `folder`, made by `prepare`, lacks of this rank's share; returns how many videos that was."""
     encoded = encode_prompts(source.recipe, videos.prompts)
     captions = videos.prompts * videos.per_prompt
     prompts = Prompts(captions, encoded.embeds.repeat(videos.per_prompt, 1, 1), encoded.negative)
@@ -125,25 +125,40 @@ def prepare(folder: Path, videos: Videos, evaluated: Evaluated) -> None:
         raise UserError("--prompts: a prompt occurs twice, and VBench knows prompts by their names; name each once")
     content: dict[str, Any] = json.loads(json.dumps({"videos": asdict(videos), "evaluated": asdict(evaluated)}))
     path = folder / PROTOCOL_FILE
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        same = known.get("videos") == content["videos"]
-        if not same or known["evaluated"]["checkpoint_sha256"] != evaluated.checkpoint_sha256:
-            raise UserError(
-                f"--vbench {folder}: holds videos of another checkpoint or other settings; name a new folder"
-            )
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else content
+    if _makes_the_videos(known) != _makes_the_videos(content):
+        raise UserError(
+            f"--vbench {folder}: holds videos of other weights, prompts or settings (see {path}); name a new folder"
+        )
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     prompts = dict(zip(videos.names, videos.prompts * videos.per_prompt, strict=True))
     write_durably(folder / "prompts.json", (json.dumps(prompts, indent=1, ensure_ascii=False) + "\n").encode())
     write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def is_installed() -> bool:
-    """Whether this Python finds a package `vbench`."""
-    return importlib.util.find_spec("vbench") is not None
+def _makes_the_videos(content: dict[str, Any]) -> list[Any]:
+    """What of protocol.json decides on the videos."""
+    evaluated = content.get("evaluated", {})
+    return [content.get("videos"), evaluated.get("checkpoint_sha256"), evaluated.get("which")]
 
 
-def command(folder: Path, dimensions: Sequence[str], is_standard: bool) -> list[str]:
+def find_python() -> str | None:
+    """The interpreter that has VBench: this one, or that of the command `vbench` in PATH; None where there is none.
+
+    VBench 0.1.5 wants other versions of numpy and transformers than this project, so it mostly has its own.
+    """
+    if importlib.util.find_spec("vbench") is not None:
+        return sys.executable
+    found = shutil.which("vbench")
+    if found is None:
+        return None
+    with open(found, "rb") as script:
+        head = script.read(512).decode(errors="replace")
+    named = re.search(r"[^\s\"'!]*python[\d.]*", head)  # its first line, or pip's second where the path is long
+    return None if named is None else shutil.which(named[0])
+
+
+def command(python: str, folder: Path, dimensions: Sequence[str], is_standard: bool) -> list[str]:
     """The call that scores the folder's videos.
 
     Args:
@@ -152,7 +167,7 @@ def command(folder: Path, dimensions: Sequence[str], is_standard: bool) -> list[
     mode = ["--mode", "vbench_standard"] if is_standard else ["--mode", "custom_input"]
     told = [] if is_standard else ["--prompt_file", str(folder / "prompts.json")]
     places = ["--videos_path", str(folder / "videos"), "--output_path", str(folder / "results")]
-    return [sys.executable, "-m", _MODULE, "--dimension", *dimensions, *places, *mode, *told]
+    return [python, "-m", _MODULE, "--dimension", *dimensions, *places, *mode, *told]
 
 
 def run(call: Sequence[str]) -> None:
@@ -162,6 +177,6 @@ def run(call: Sequence[str]) -> None:
         UserError: it failed; what it printed says why.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_SETS}
-    done = subprocess.run(call, env=environment, check=False)
-    if done.returncode:
-        raise UserError(f"VBench ended with exit code {done.returncode}: see above; the call was {' '.join(call)}")
+    code = subprocess.run(call, env=environment, check=False).returncode
+    if code:
+        raise UserError(f"VBench ended with exit code {code}, its output is above; the call was {shlex.join(call)}")

@@ -126,7 +126,8 @@ def _table(scores: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> s
             cells = "".join(_cell(label, column.get(name)) for label, column in scores.items())
             body.append(f'<tr><td>{escape(name)}</td>{cells}<td class="meaning">{MEANINGS.get(name, "")}</td></tr>')
     rows = "\n".join(body)
-    return f'<div class="scroll"><table><thead><tr><th></th>{head}<th></th></tr></thead>\n<tbody>{rows}</tbody></table></div>'
+    top = f"<thead><tr><th></th>{head}<th></th></tr></thead>"
+    return f'<div class="scroll"><table>{top}\n<tbody>{rows}</tbody></table></div>'
 
 
 def _cell(label: str, value: float | None) -> str:

@@ -26,11 +26,12 @@ def test_ratios_of_half_the_speed_are_about_half():
 def test_score_collects_the_numbers(world_samples):
     _, latents = world_samples
     scores = score(latents[:200], latents[200:])
-    names = ["swd", "motion_ratio", "speed_ratio", "jitter", "energy", "consistency", "colour_drift"]
+    names = ["swd", "motion_ratio", "speed_ratio", "jitter", "consistency", "colour_drift", "energy"]
     assert list(scores.as_dict()) == names
     assert all(math.isfinite(value) for value in scores.as_dict().values())
     assert scores.motion_ratio == pytest.approx(1, abs=0.15)
-    assert abs(scores.energy) < 0.01
+    assert abs(scores.as_dict()["energy"]) < 0.01
+    assert "energy" not in score(latents[:1], latents[200:]).as_dict(), "one video has no spread"
 
 
 def test_real_videos_add_the_same_distances_to_them(world_samples):
