@@ -81,8 +81,9 @@ window.onload = () => {
     const canvas = document.createElement("canvas");
     canvas.getContext("2d").drawImage(video, 0, 0);
     const shade = canvas.getContext("2d").getImageData(1, 1, 1, 1).data;
+    const found = [video.readyState, video.videoWidth, video.videoHeight, video.error, shade[3]];
+    video.setAttribute("probe", found.join(" "));
     video.removeAttribute("src");
-    video.setAttribute("probe", [video.readyState, video.videoWidth, video.videoHeight, video.error, shade[3]].join(" "));
   }
   const charts = [...document.querySelectorAll("svg")].map(svg => Math.round(svg.getBoundingClientRect().height));
   document.body.setAttribute("charts", charts.join(" "));
