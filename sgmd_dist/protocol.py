@@ -162,11 +162,17 @@ def evaluated_of(source: Source, which: Which, device: torch.device, num_ranks: 
         checkpoint=source.checkpoint.name,
         checkpoint_sha256=_sha256([meta.checksums, meta.digests]),
         compute_dtype=source.recipe.model.compute_dtype,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=_name_of(device),
         num_ranks=num_ranks,
         batch_size=batch_size,
         versions={"sgmd_dist": __version__, "torch": torch.__version__},
     )
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def read_stored(where: Path) -> Stored:
