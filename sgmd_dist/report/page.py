@@ -42,11 +42,12 @@ th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #e6eaef;
 th:first-child, td:first-child { padding-left: 0; text-align: left; }
 thead th { font-weight: 600; color: #435061; }
 tbody td.after { background: #eef5fc; font-weight: 600; }
-td.meaning { color: #5a6575; text-align: left; white-space: normal; font-size: 13px; }
+tbody td:first-child { min-width: 250px; white-space: normal; }
+td small { display: block; color: #5a6575; font-size: 12.5px; line-height: 1.35; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 14px 0 0; font-size: 13px; }
 dt { font-family: ui-monospace, Consolas, monospace; color: #435061; }
 dd { margin: 0; color: #5a6575; overflow-wrap: anywhere; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 22px 26px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 22px 26px; }
 figure { margin: 0; }
 .chart figcaption { margin-bottom: 4px; font-weight: 600; font-size: 14px; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-weight: 400; font-size: 12px; color: #5a6575; }
@@ -55,7 +56,7 @@ figure { margin: 0; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font: 11px system-ui, Arial, sans-serif; fill: #5a6575; }
 svg .grid { stroke: #e6eaef; }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 22px 26px; }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 22px 26px; }
 .clips video { display: block; width: 100%; border-radius: 4px; background: #18181c; }
 .clips .columns { display: flex; font-size: 12px; color: #5a6575; }
 .clips .columns span { flex: 1; text-align: center; }
@@ -124,9 +125,10 @@ def _table(scores: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> s
     for name in names:
         if any(name in column for column in scores.values()):
             cells = "".join(_cell(label, column.get(name)) for label, column in scores.items())
-            body.append(f'<tr><td>{escape(name)}</td>{cells}<td class="meaning">{MEANINGS.get(name, "")}</td></tr>')
+            meaning = f"<small>{escape(MEANINGS.get(name, ''))}</small>"
+            body.append(f"<tr><td>{escape(name)}{meaning}</td>{cells}</tr>")
     rows = "\n".join(body)
-    top = f"<thead><tr><th></th>{head}<th></th></tr></thead>"
+    top = f"<thead><tr><th></th>{head}</tr></thead>"
     return f'<div class="scroll"><table>{top}\n<tbody>{rows}</tbody></table></div>'
 
 
