@@ -167,12 +167,13 @@ def prepare_world_videos(args: argparse.Namespace) -> None:
     from sgmd_dist.data.world_videos import world_video, write_world_pipeline
     from sgmd_dist.decode import write_video
 
-    clips, pipeline, world = args.out / "clips", args.out / "pipeline", World()
-    for number in range(args.num_samples):
-        sample = world.sample(0, number)
+    clips, pipeline = args.out / "clips", args.out / "pipeline"
+    samples = [World().sample(0, number) for number in range(args.num_samples)]
+    for number, sample in enumerate(samples):
         write_video(clips / f"{number:06d}.mp4", world_video(sample.latents))
         (clips / f"{number:06d}.txt").write_text(f"{sample.caption}\n", encoding="utf-8")
-    (args.out / "prompts.txt").write_text("\n".join(world.captions()) + "\n", encoding="utf-8")
+    captions = dict.fromkeys(sample.caption for sample in samples)
+    (args.out / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
     write_world_pipeline(pipeline, args.pretrained)
     print(f"{clips}: {args.num_samples} videos with captions\n{pipeline}: a pipeline for them")
 

@@ -14,6 +14,7 @@ from pages import page, pages
 
 TRAIN = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_videos.yaml"
 KILLED = f"timeout 20 {TRAIN}"
+EVALUATE = "python launch/evaluate.py runs/tiny_videos/run --prompts runs/tiny_videos/prompts.txt --repeats 1"
 FOLDERS = (
     "model.pretrained={runs}/tiny_videos/pipeline data.shards={runs}/tiny_videos/shards run.dir={runs}/tiny_videos/run"
 )
