@@ -172,8 +172,8 @@ def prepare_world_videos(args: argparse.Namespace) -> None:
     for number, sample in enumerate(samples):
         write_video(clips / f"{number:06d}.mp4", world_video(sample.latents))
         (clips / f"{number:06d}.txt").write_text(f"{sample.caption}\n", encoding="utf-8")
-    captions = dict.fromkeys(sample.caption for sample in samples)
-    (args.out / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    captions = "\n".join(dict.fromkeys(sample.caption for sample in samples))
+    (args.out / "prompts.txt").write_text(f"{captions}\n", encoding="utf-8")
     write_world_pipeline(pipeline, args.pretrained)
     print(f"{clips}: {args.num_samples} videos with captions\n{pipeline}: a pipeline for them")
 
@@ -382,8 +382,7 @@ def _add_world(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_world_videos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    description = "write the moving-shapes world as mp4 files with captions, OUT/clips, and a pipeline for them"
-    videos = commands.add_parser("world-videos", help=description, description=description)
+    videos = commands.add_parser("world-videos", help="the world as mp4 files with captions, and a pipeline")
     videos.add_argument("out", type=Path, help="folder to write into")
     videos.add_argument("--num-samples", type=positive_int, default=32, help="default: 32")
     videos.add_argument("--pretrained", type=Path, default=Path("recipes/tiny_wan"), help="the world's teacher")

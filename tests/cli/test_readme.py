@@ -60,8 +60,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def journey(runs: Path) -> dict[str, Done]:
-    """All commands in the README's order, with what became of them. `make demo` shows that torchrun and python start the
-    scripts of launch, and torch's imports; after it they are forked."""
+    """All commands in the README's order, with what became of them. `make demo` shows that torchrun and python start
+    the scripts of launch; after it they are forked."""
     done = {}
     for command in readme_commands():
         if not any(command.startswith(prefix) for prefix in NOT_RUN):
