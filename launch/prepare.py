@@ -173,6 +173,22 @@ def prepare_world(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.num_samples} videos of the moving-shapes world")
 
 
+def prepare_world_videos(args: argparse.Namespace) -> None:
+    from sgmd_dist.data.world import World
+    from sgmd_dist.data.world_videos import world_video, write_world_pipeline
+    from sgmd_dist.decode import write_video
+
+    clips, pipeline = args.out / "clips", args.out / "pipeline"
+    samples = [World().sample(0, number) for number in range(args.num_samples)]
+    for number, sample in enumerate(samples):
+        write_video(clips / f"{number:06d}.mp4", world_video(sample.latents))
+        (clips / f"{number:06d}.txt").write_text(f"{sample.caption}\n", encoding="utf-8")
+    captions = "\n".join(dict.fromkeys(sample.caption for sample in samples))
+    (args.out / "prompts.txt").write_text(f"{captions}\n", encoding="utf-8")
+    write_world_pipeline(pipeline, args.pretrained)
+    print(f"{clips}: {args.num_samples} videos with captions\n{pipeline}: a pipeline for them")
+
+
 def prepare_text_encoder(args: argparse.Namespace) -> None:
     from sgmd_dist.data.encode import make_tiny_text_encoder
     from sgmd_dist.data.world import all_captions
@@ -276,11 +292,14 @@ def frames_per_second(text: str) -> Fraction:
 @reports_user_errors
 def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="videos|prompts|pairs|world|text-encoder|index|verify")
+    commands = parser.add_subparsers(
+        required=True, metavar="videos|prompts|pairs|world|world-videos|text-encoder|index|verify"
+    )
     _add_videos(commands)
     _add_prompts(commands)
     _add_pairs(commands)
     _add_world(commands)
+    _add_world_videos(commands)
     _add_text_encoder(commands)
     _add_index(commands)
     _add_verify(commands)
@@ -371,6 +390,14 @@ def _add_world(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     world.add_argument("--seed", type=int, default=0)
     world.add_argument("--text-encoder", type=Path, default=Path("recipes/tiny_wan"), help="diffusers folder")
     world.set_defaults(run=prepare_world)
+
+
+def _add_world_videos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    videos = commands.add_parser("world-videos", help="the world as mp4 files with captions, and a pipeline")
+    videos.add_argument("out", type=Path, help="folder to write into")
+    videos.add_argument("--num-samples", type=positive_int, default=32, help="default: 32")
+    videos.add_argument("--pretrained", type=Path, default=Path("recipes/tiny_wan"), help="the world's teacher")
+    videos.set_defaults(run=prepare_world_videos)
 
 
 def _add_text_encoder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

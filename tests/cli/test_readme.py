@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import REPO, Done, run, run_forked
+from commands import Done, run, run_forked
 from diffusers import WanPipeline
+from pages import page
 from PIL import Image
 
 TRAIN = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_sgmd.yaml"
@@ -37,7 +38,6 @@ SHORTER = {
     LORA: "run.steps=2",
     TEACHER: "run.dir={runs}/tiny_teacher run.steps=2",
 }
-STARTED_BY_MAKE_DEMO = {("torchrun", "launch/train.py"), ("python", "launch/evaluate.py")}
 NOT_RUN = {
     "make test": "runs this test",
     "make install": "has run",
@@ -50,9 +50,7 @@ NOT_RUN = {
 
 
 def readme_commands() -> list[str]:
-    """The indented lines of the README, without their comments."""
-    lines = (REPO / "README.md").read_text(encoding="utf-8").splitlines()
-    return [re.sub(r"\s+# .*", "", line).strip() for line in lines if line.startswith("    ") and line.strip()]
+    return page("README.md").commands()
 
 
 @pytest.fixture(scope="session")
@@ -62,15 +60,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def journey(runs: Path) -> dict[str, Done]:
-    """All commands in the README's order, with what became of them; forked where another shows that it starts alone."""
-    done, started = {}, set(STARTED_BY_MAKE_DEMO)
+    """All commands in the README's order, with what became of them. `make demo` shows that torchrun and python start
+    the scripts of launch; after it they are forked."""
+    done = {}
     for command in readme_commands():
         if not any(command.startswith(prefix) for prefix in NOT_RUN):
             shorter = SHORTER.get(command, "").replace("{runs}", str(runs))
-            launch = re.match(r"(python|torchrun).*? (launch/\w+\.py)", command)
-            again = launch is not None and launch.groups() in started
-            done[command] = (run_forked if again else run)(f"{command.replace('runs/', f'{runs}/')} {shorter}")
-            started |= {launch.groups()} if launch else set()
+            forked = re.match(r"(python|torchrun).*? launch/\w+\.py", command) is not None
+            done[command] = (run_forked if forked else run)(f"{command.replace('runs/', f'{runs}/')} {shorter}")
     return done
 
 
