@@ -111,46 +111,6 @@ def contact_sheet(
     return [_sheet(videos, frame, prompts) for frame in range(num_frames)]
 
 
-def contact_sheet(
-    columns: Mapping[str, Sequence[Tensor]],
-    to_rgb: ToRgb,
-    *,
-    prompts: Sequence[str] = (),
-    tile_width: int = 120,
-    smooth: bool = True,
-) -> list[Image.Image]:
-    """The frames of a picture of videos: one row per video, one column per key of `columns` under its title.
-
-    Args:
-        columns: title -> latents `[N, C, F, H, W]`, the same N and F everywhere; row i shows every column's video i.
-        to_rgb: latents `[C, F, H, W]` -> pictures uint8 `[F, H', W', 3]`.
-        prompts: written above the rows, where given, cut where they are longer than a row.
-        tile_width: pixels of a video's width in the picture; the height follows.
-        smooth: bicubic enlargement instead of visible pixels.
-    """
-    videos = {title: [_enlarge(to_rgb(x), tile_width, smooth) for x in latents] for title, latents in columns.items()}
-    if len({(len(rows), len(rows[0])) for rows in videos.values()}) != 1:
-        counts = {title: (len(rows), len(rows[0])) for title, rows in videos.items()}
-        raise ValueError(f"contact_sheet: columns differ in (videos, frames): {counts}")
-    num_frames = len(next(iter(videos.values()))[0])
-    return [_sheet(videos, frame, prompts) for frame in range(num_frames)]
-
-
-def contact_sheet_gif(
-    path: str | Path,
-    columns: Mapping[str, Sequence[Tensor]],
-    to_rgb: ToRgb,
-    *,
-    prompts: Sequence[str] = (),
-    tile_width: int = 120,
-    smooth: bool = True,
-    frames_per_second: float = 8.0,
-) -> None:
-    """Write `contact_sheet(...)` as an endlessly repeated gif."""
-    sheets = contact_sheet(columns, to_rgb, prompts=prompts, tile_width=tile_width, smooth=smooth)
-    write_sheets_gif(Path(path), sheets, frames_per_second)
-
-
 def write_sheets_gif(path: Path, sheets: Sequence[Image.Image], frames_per_second: float) -> None:
     """Write the frames of a contact sheet as an endlessly repeated gif of one palette."""
     palette = Image.fromarray(np.concatenate([np.asarray(sheet) for sheet in sheets])).quantize(256)

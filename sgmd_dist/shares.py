@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sgmd_dist import rng
+from sgmd_dist.conditions import Condition
 from sgmd_dist.models.base import LatentShape
 from sgmd_dist.rollout import Network, guided, sample
 from sgmd_dist.sampling import Prompts
@@ -73,9 +74,9 @@ def sample_batches(
 ) -> Iterator[tuple[range, Tensor]]:
     """Latents `[B, C, F, H, W]` float32 on the CPU of each batch; video i depends on (seed, i) and caption i alone."""
 
-    def counted(x: Tensor, sigma: Tensor, embeds: Tensor, level: float) -> Tensor:
+    def counted(x: Tensor, sigma: Tensor, condition: Condition, level: float) -> Tensor:
         clock.passes += len(x)
-        return network(x, sigma, embeds, level)
+        return network(x, sigma, condition, level)
 
     negative = prompts.negative.to(device)
     for numbers in batches:

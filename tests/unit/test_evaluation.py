@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sgmd_dist.data.world import World, latents_to_rgb
-from sgmd_dist.evaluation import contact_sheet_gif, score
+from sgmd_dist.evaluation import contact_sheet, score, write_sheets_gif
 
 
 def videos(world: World, num: int, seed: int = 0) -> torch.Tensor:
@@ -48,7 +48,8 @@ def test_the_contact_sheet_is_an_animation_with_every_frame_and_column(world_sam
     samples, latents = world_samples
     path = tmp_path / "pictures" / "samples.gif"
     prompts = [sample.caption for sample in samples[:3]]
-    contact_sheet_gif(path, {"teacher": latents[:3], "after": latents[3:6]}, latents_to_rgb, prompts=prompts)
+    sheets = contact_sheet({"teacher": latents[:3], "after": latents[3:6]}, latents_to_rgb, prompts=prompts)
+    write_sheets_gif(path, sheets, 8.0)
     with Image.open(path) as picture:
         assert picture.n_frames == 8
         assert picture.info["loop"] == 0
@@ -56,7 +57,7 @@ def test_the_contact_sheet_is_an_animation_with_every_frame_and_column(world_sam
         assert picture.height > 3 * 120
 
 
-def test_a_contact_sheet_of_unequal_columns_is_refused(world_samples, tmp_path):
+def test_a_contact_sheet_of_unequal_columns_is_refused(world_samples):
     _, latents = world_samples
     with pytest.raises(ValueError, match="after"):
-        contact_sheet_gif(tmp_path / "x.gif", {"teacher": latents[:3], "after": latents[:2]}, latents_to_rgb)
+        contact_sheet({"teacher": latents[:3], "after": latents[:2]}, latents_to_rgb)
