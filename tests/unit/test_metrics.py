@@ -150,7 +150,7 @@ def test_the_bar_shows_where_the_run_is_and_its_main_numbers(
         log.step()
         log.write(5, {"fake_score/residual": 0.125, "perf/tokens_per_s": 12345.0, "perf/mfu": 0.4, "data/wait_s": 1.0})
     last = capsys.readouterr().err.split("\r")[-1]
-    assert "5/10 [" in last and "residual=0.125, tokens/s=1.23e+4, mfu=0.4]" in last
+    assert "5/10 [" in last and "residual=0.125, tokens/s=12.3k, mfu=0.4]" in last
 
 
 # TensorBoard
