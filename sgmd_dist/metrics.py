@@ -167,7 +167,7 @@ class RunLog(AbstractContextManager["RunLog"]):
                 self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.write(step, scalars)
-        self._bar.set_postfix({word: f"{scalars[name]:.3g}" for name, word in IN_BAR.items() if name in scalars})
+        self._bar.set_postfix({word: _shown(scalars[name]) for name, word in IN_BAR.items() if name in scalars})
 
     def animate(self, name: str, gif: bytes, step: int) -> None:
         """Show an animated picture of optimizer step number `step` in TensorBoard."""
@@ -189,6 +189,11 @@ class RunLog(AbstractContextManager["RunLog"]):
 
     def __enter__(self) -> Self:
         return self
+
+
+def _shown(value: float) -> str:
+    """Three digits; thousands as 12.3k."""
+    return tqdm.format_sizeof(value) if 1000 <= value < 1e15 else f"{value:.3g}"
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -39,7 +39,7 @@ class WandbRun:
     def __init__(self, recipe: Recipe) -> None:
         """
         Raises:
-            UserError: W&B refuses the run, as without a login.
+            UserError: W&B refuses the run, as without a login or in a wrong environment.
         """
         section = recipe.logging.wandb
         assert section is not None
@@ -54,9 +54,9 @@ class WandbRun:
                 resume="allow",
                 dir=str(run_dir),
                 config=recipe.resolved(),
-                settings=wandb.Settings(console="off"),
+                settings=wandb.Settings(console="off", quiet=True),
             )
-        except wandb.Error as error:
+        except (wandb.Error, ValueError) as error:  # the latter of its settings, which its variables may spoil
             raise UserError(
                 f"logging.wandb: {describe(error)}; run `wandb login` on the node of rank 0 or set WANDB_API_KEY, set"
                 " logging.wandb.mode to offline, or logging.wandb to null"
