@@ -18,7 +18,15 @@ from sgmd_dist.shares import Clock, Settings, gathered, sample_batches, shared_b
 
 COLUMNS = ("before", "after", "teacher")
 HEADLINE = ("swd", "motion_ratio", "speed_ratio", "jitter")
-DETAILS = ("consistency", "colour_drift", "energy", "swd_real", "energy_real", "seconds_per_video", "passes_per_video")
+DETAILS = (
+    "consistency",
+    "frame_colour_drift",
+    "energy",
+    "swd_real",
+    "energy_real",
+    "seconds_per_video",
+    "passes_per_video",
+)
 TIMED = "seconds_per_video"  # the one number that differs from call to call
 
 

@@ -17,7 +17,7 @@ def frame_consistency(latents: Tensor) -> Tensor:
     return torch.cosine_similarity(frames[:, 1:], frames[:, :-1], dim=2).mean(dim=1)
 
 
-def colour_drift(latents: Tensor) -> Tensor:
+def frame_colour_drift(latents: Tensor) -> Tensor:
     """How far a video's mean colour goes from its first to its last frame, `[N]` float64, in units of latents.
 
     Root mean square over channels of the difference of the frames' means; 0 for an image.

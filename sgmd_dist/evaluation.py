@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sgmd_dist.consistency import colour_drift, frame_consistency
+from sgmd_dist.consistency import frame_colour_drift, frame_consistency
 from sgmd_dist.distances import energy_distance, sliced_wasserstein
 from sgmd_dist.motion import jitter, latent_motion, speed
 
@@ -36,7 +36,7 @@ class Scores:
         speed_ratio: mean `speed` over the reference's; 1 is best. It sees displacement alone.
         jitter: mean temporal inconsistency (see `motion.jitter`); lower is better, 0 for a rigid constant move.
         consistency: mean cosine similarity of neighbouring frames; the reference's is best.
-        colour_drift: mean change of the mean colour from the first to the last frame; the reference's is best.
+        frame_colour_drift: mean change of the mean colour from the first to the last frame; the reference's is best.
         energy: squared energy distance to the reference per root of a latent's number of elements; lower is better.
             Unbiased: two sets of one distribution have the mean 0, and single values may be negative.
         swd_real, energy_real: `swd` and `energy` to real videos instead of the reference.
@@ -47,7 +47,7 @@ class Scores:
     speed_ratio: float
     jitter: float
     consistency: float
-    colour_drift: float
+    frame_colour_drift: float
     energy: float | None = None
     swd_real: float | None = None
     energy_real: float | None = None
@@ -79,7 +79,7 @@ def score(
         speed_ratio=mean(speed, samples) / max(mean(speed, reference), 1e-12),
         jitter=mean(jitter, samples),
         consistency=mean(frame_consistency, samples),
-        colour_drift=mean(colour_drift, samples),
+        frame_colour_drift=mean(frame_colour_drift, samples),
         energy=energy(reference),
         swd_real=None if real is None else swd(real),
         energy_real=None if real is None else energy(real),

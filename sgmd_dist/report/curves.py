@@ -15,9 +15,13 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "Gap between teacher and fake score": ("generator/teacher_fake_gap", "generator/teacher_distance"),
     "Latent motion of the samples": ("generator/latent_motion",),
     "Motion over the teacher's": ("health/motion_ratio",),
+    "Colours off the teacher's": ("health/colour_drift",),
     "Gradient norms": ("generator/grad_norm", "fake_score/grad_norm"),
-    "Losses of the generator": ("generator/loss", "generator/fisher", "generator/nr", "generator/dmd", "generator/gan"),
-    "Loss of the fake score": ("fake_score/loss",),
+    "Losses of the generator": tuple(
+        f"generator/{name}"
+        for name in ("loss", "fisher", "nr", "dmd", "score_identity", "regression", "gan", "diversity")
+    ),
+    "Losses of the fake score": ("fake_score/loss", "fake_score/gan"),
     "Mean alpha": ("generator/alpha",),
     "Seconds": ("time/step_s", "time/generator_s", "time/fake_score_s", "data/wait_s"),
     "Updates skipped": ("generator/skipped", "fake_score/skipped"),

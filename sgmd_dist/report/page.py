@@ -19,7 +19,7 @@ MEANINGS = {
     "jitter": "share of a video that is not one rigid picture in constant motion; lower is better",
     "energy": "squared energy distance to the teacher's other videos; lower is better, about 0 for one distribution",
     "consistency": "cosine similarity of neighbouring frames; the teacher's is best, 1 stands still",
-    "colour_drift": "change of the mean colour from the first to the last frame; the teacher's is best",
+    "frame_colour_drift": "change of the mean colour from the first to the last frame; the teacher's is best",
     "swd_real": "swd to real videos",
     "energy_real": "energy to real videos",
     "seconds_per_video": "of one rank on the machine named below, without decoding",

@@ -26,7 +26,7 @@ def test_ratios_of_half_the_speed_are_about_half():
 def test_score_collects_the_numbers(world_samples):
     _, latents = world_samples
     scores = score(latents[:200], latents[200:])
-    names = ["swd", "motion_ratio", "speed_ratio", "jitter", "consistency", "colour_drift", "energy"]
+    names = ["swd", "motion_ratio", "speed_ratio", "jitter", "consistency", "frame_colour_drift", "energy"]
     assert list(scores.as_dict()) == names
     assert all(math.isfinite(value) for value in scores.as_dict().values())
     assert scores.motion_ratio == pytest.approx(1, abs=0.15)
