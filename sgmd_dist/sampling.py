@@ -110,8 +110,13 @@ def encode_prompts(recipe: Recipe, captions: Sequence[str]) -> Prompts:
     """Encode captions with the recipe's text encoder.
 
     Raises:
-        UserError: the recipe has no text encoder folder.
+        UserError: the recipe has no text encoder folder, or its model needs images too.
     """
+    if build_model(recipe, "generator").image_input is not None:
+        raise UserError(
+            "model: this is an image-to-video model, and prompts alone say nothing of the image; export it with"
+            " launch/export.py --pipeline and call the pipeline with an image"
+        )
     folder = recipe.data.text_encoder or recipe.model.pretrained
     if folder is None:
         raise UserError("data.text_encoder: prompts need a text encoder; set it to a diffusers folder with one")

@@ -33,7 +33,9 @@ from sgmd_dist.data.video import parse_buckets, probe, read_clip
 from sgmd_dist.errors import UserError
 from sgmd_dist.models._wan_image import network_inputs
 from sgmd_dist.models.wan import Section, build
+from sgmd_dist.pairs import Chain, make_pairs
 from sgmd_dist.recipe import Recipe
+from sgmd_dist.sampling import encode_prompts
 
 FPS = Fraction(16)
 BUCKETS = parse_buckets("9x32x48")
@@ -182,6 +184,17 @@ def test_the_writer_takes_images_of_one_kind(
 
 
 # A model that wants images
+
+
+def test_what_takes_text_alone_refuses_the_model(
+    image_pipeline: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(f"model.pretrained={image_pipeline}", "model.config=null")
+    with pytest.raises(UserError, match="prompts alone say nothing of the image"):
+        encode_prompts(recipe, ["a red ball"])
+    mesh: Any = None  # refused before ranks meet
+    with pytest.raises(UserError, match="pairs are made by text-to-video teachers"):
+        make_pairs(recipe, mesh, tmp_path, Chain(2, 5.0, 3.0), shard_bytes=1)
 
 
 @pytest.mark.parametrize(
