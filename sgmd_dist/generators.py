@@ -25,7 +25,7 @@ from sgmd_dist.models.base import LatentShape, VideoModel
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.rollout import Network
-from sgmd_dist.sampling import Prompts, few_steps_of, open_source, sample_video
+from sgmd_dist.sampling import Prompts, check_takes_prompts, few_steps_of, open_source, sample_video
 from sgmd_dist.video_folder import Take, sheet_of, tile_of, write_index, write_sheet, write_take
 
 PIPELINE_INDEX = "model_index.json"
@@ -113,6 +113,7 @@ def _checkpoint(path: Path) -> Path:
 def _of_checkpoint(path: Path, options: Options) -> Generator:
     source = open_source(path)
     recipe, model = source.recipe, source.model
+    check_takes_prompts(model, str(source.checkpoint))
     num_steps, shift = options.num_steps, options.shift
     if num_steps is None or shift is None:
         trained = source.few_steps
@@ -145,6 +146,7 @@ def _of_folder(path: Path, options: Options) -> Generator:
             " the run with --pipeline, or sample the run"
         )
     model = registry.load(registry.MODELS, section.family).build(section, str(path), "MODEL")
+    check_takes_prompts(model, str(path))
     folders = _parts_folders(path, recipe, options)
     return Generator(
         path,

@@ -13,7 +13,7 @@ from torch import Tensor
 from sgmd_dist import checkpoint, flow, rng
 from sgmd_dist.assemble import Which, build_model, head_of, load_network, load_weights, lora_of
 from sgmd_dist.batch import padded
-from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder, known_encoding
 from sgmd_dist.data.sources import captions_in
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape, VideoModel
@@ -106,17 +106,26 @@ def read_captions(words: Sequence[str]) -> list[str]:
     return captions
 
 
+def check_takes_prompts(model: VideoModel, said: str) -> None:
+    """Refuse a model whose videos need more than captions that are encoded here.
+
+    Raises:
+        UserError: it begins with an image, or its captions are encoded elsewhere; the message begins with `said`.
+    """
+    if model.image_input is not None:
+        raise UserError(
+            f"{said}: this is an image-to-video model, and prompts alone say nothing of the image; export it with"
+            " launch/export.py --pipeline and call the pipeline with an image"
+        )
+    known_encoding(model.text_encoding, said)
+
+
 def encode_prompts(recipe: Recipe, captions: Sequence[str]) -> Prompts:
     """Encode captions with the recipe's text encoder.
 
     Raises:
-        UserError: the recipe has no text encoder folder, or its model needs images too.
+        UserError: the recipe has no text encoder folder, or its model takes more than prompts.
     """
-    if build_model(recipe, "generator").image_input is not None:
-        raise UserError(
-            "model: this is an image-to-video model, and prompts alone say nothing of the image; export it with"
-            " launch/export.py --pipeline and call the pipeline with an image"
-        )
     folder = recipe.data.text_encoder or recipe.model.pretrained
     if folder is None:
         raise UserError("data.text_encoder: prompts need a text encoder; set it to a diffusers folder with one")
@@ -145,8 +154,9 @@ def encode_with(folder: Path, model: VideoModel, tokens: int, captions: Sequence
     """Encode captions with the text encoder of a diffusers folder, as prompts of `tokens` tokens for `model`.
 
     Raises:
-        UserError: the text encoder cannot be read, or is another model's.
+        UserError: the text encoder cannot be read, or is another model's; or the model takes more than prompts.
     """
+    check_takes_prompts(model, str(folder))
     encoder = TextEncoder.from_pretrained(folder, encoding=model.text_encoding)
     if encoder.width != model.text_dim():
         raise UserError(

@@ -22,7 +22,7 @@ from loguru import logger
 from torch import Tensor
 
 from sgmd_dist import flow
-from sgmd_dist.assemble import build_model
+from sgmd_dist.assemble import build_architecture, build_model
 from sgmd_dist.checkpoint import together
 from sgmd_dist.data.sources import captions_in, latent_shape_of, text_encoder_folder
 from sgmd_dist.decode import decoder
@@ -33,7 +33,7 @@ from sgmd_dist.recipe import Recipe
 from sgmd_dist.roles import Roles
 from sgmd_dist.rollout import guided, sample
 from sgmd_dist.samples_section import SamplesSection
-from sgmd_dist.sampling import encode_together, noise_of
+from sgmd_dist.sampling import check_takes_prompts, encode_together, noise_of
 from sgmd_dist.video_folder import (
     INDEX,
     Take,
@@ -54,10 +54,12 @@ def check(recipe: Recipe) -> None:
     """Refuse samples that cannot be taken.
 
     Raises:
-        UserError: the objective trains no few-step generator, or prompts or text encoder are not there.
+        UserError: the objective trains no few-step generator, the model takes more than prompts, or prompts or text
+            encoder are not there.
     """
     if recipe.samples is not None:
         few_step_chain(recipe, "samples")
+        check_takes_prompts(build_architecture(recipe, "generator"), "samples.prompts")
         text_encoder_folder(recipe, "samples.prompts")
         captions_of(recipe.samples)
 
