@@ -42,7 +42,7 @@ def prepare_videos(args: argparse.Namespace) -> int:
     import torch
 
     from sgmd_dist.data.manifest import read_videos
-    from sgmd_dist.data.row_encoders import VideoRows, fingerprint, pretrained_fingerprint
+    from sgmd_dist.data.row_encoders import VideoRows, fingerprint, image_settings, pretrained_fingerprint
     from sgmd_dist.data.video import parse_buckets
 
     buckets, manifest = parse_buckets(args.buckets), read_videos(args.source, args.split)
@@ -52,6 +52,7 @@ def prepare_videos(args: argparse.Namespace) -> int:
         "buckets": sorted(bucket.name for bucket in buckets),
         "fps": str(args.fps),
         "vae_dtype": args.vae_dtype,
+        **image_settings(args.pretrained),
         **_text_settings(args),
     }
 
@@ -77,7 +78,13 @@ def prepare_prompts(args: argparse.Namespace) -> int:
 
     from sgmd_dist.data.encode import TextEncoder
     from sgmd_dist.data.manifest import read_captions
-    from sgmd_dist.data.row_encoders import CaptionRows, fingerprint, pretrained_fingerprint, transformer_latents
+    from sgmd_dist.data.row_encoders import (
+        CaptionRows,
+        fingerprint,
+        pretrained_fingerprint,
+        text_encoding_of,
+        transformer_latents,
+    )
     from sgmd_dist.data.video import Bucket
 
     rows = read_captions(args.source, args.split)
@@ -92,7 +99,11 @@ def prepare_prompts(args: argparse.Namespace) -> int:
 
     def load(device: torch.device) -> RowEncoder:
         text_encoder = TextEncoder.from_pretrained(
-            args.pretrained, getattr(torch, args.text_dtype), device=device, max_tokens=args.max_tokens
+            args.pretrained,
+            getattr(torch, args.text_dtype),
+            device=device,
+            max_tokens=args.max_tokens,
+            encoding=text_encoding_of(args.pretrained),
         )
         return CaptionRows(
             text_encoder, latent_shape, negative_prompt=args.negative_prompt, captions_at_once=args.text_batch
@@ -301,7 +312,7 @@ def main() -> int | None:
 
 
 def _add_videos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    description = "encode videos and captions: latents and embeddings"
+    description = "encode videos and captions: latents and embeddings; with an image-to-video folder first frames too"
     command = commands.add_parser("videos", help=description, description=description)
     command.add_argument(
         "source",
@@ -352,7 +363,7 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pretrained", type=Path, required=True, help="local diffusers folder of the pipeline")
     command.add_argument("--split", help="take the rows of this split")
     command.add_argument("--negative-prompt", default="", metavar="TEXT", help="of guidance; default: none")
-    command.add_argument("--max-tokens", type=positive_int, default=512, help="of a caption; default: 512, Wan's")
+    command.add_argument("--max-tokens", type=positive_int, help="of a caption; default: the model family's")
     command.add_argument("--text-dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     command.add_argument("--text-batch", type=positive_int, default=16, help="captions at once; default: 16")
     _add_shards(command)

@@ -87,7 +87,21 @@ class Autoencoder:
         They are the posterior's mode, not a sample: equal videos give equal latents, by whichever rank and attempt, and
         training adds noise of its own.
         """
-        pixels = rgb.to(self._device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        return self._encode_pixels(self._pixels(rgb))
+
+    @torch.no_grad()
+    def encode_first(self, rgb: Tensor) -> Tensor:
+        """The same of a video's first picture followed by grey ones: what image-to-video networks see of the picture,
+        as diffusers' `WanImageToVideoPipeline` prepares it."""
+        pixels = self._pixels(rgb[:1])
+        grey = pixels.new_zeros(*pixels.shape[:2], len(rgb) - 1, *pixels.shape[3:])
+        return self._encode_pixels(torch.cat([pixels, grey], 2))
+
+    def _pixels(self, rgb: Tensor) -> Tensor:
+        """uint8 `[F, H, W, 3]` -> float32 in [-1, 1], `[1, 3, F, H, W]`, on the device."""
+        return rgb.to(self._device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
         mode = self._vae.encode(pixels.to(self._vae.dtype)).latent_dist.mode()[0]
         return ((mode.float() - self._mean) / self._std).cpu()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sgmd_dist.conditions import Condition, TextAndImage
 from sgmd_dist.rng import SampleId
 
 
@@ -25,6 +26,8 @@ class Batch:
         latents: real latents `[B, C, F, H, W]`, or None where the shards hold captions only.
         noise: `[B, C, F, H, W]`, of which a teacher made `latents`, or None where the shards hold no such pairs.
         valid: `[B]` bool; False marks a position whose sample could not be read: it weighs nothing.
+        condition_latents: `[B, C, F, H, W]` of the images that the videos begin with, or None; see `conditions`.
+        image_embeds: `[B, N, E]` of an image encoder beside them, or None.
     """
 
     ids: Sequence[SampleId]
@@ -35,21 +38,24 @@ class Batch:
     latents: Tensor | None
     valid: Tensor
     noise: Tensor | None = None
+    condition_latents: Tensor | None = None
+    image_embeds: Tensor | None = None
 
     @property
     def size(self) -> int:
         return len(self.ids)
 
+    @property
+    def condition(self) -> Condition:
+        """What networks are conditioned on: the prompts, and the images where the samples have them."""
+        if self.condition_latents is None:
+            return self.prompt_embeds
+        return TextAndImage(self.prompt_embeds, self.condition_latents, self.image_embeds)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        return replace(
-            self,
-            prompt_embeds=self.prompt_embeds.to(device, non_blocking=True),
-            negative_embeds=self.negative_embeds.to(device, non_blocking=True),
-            latents=None if self.latents is None else self.latents.to(device, non_blocking=True),
-            valid=self.valid.to(device, non_blocking=True),
-            noise=None if self.noise is None else self.noise.to(device, non_blocking=True),
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def padded(prompt_embeds: Tensor, tokens: int) -> Tensor:

@@ -37,7 +37,7 @@ from sgmd_dist.assemble import (
 from sgmd_dist.batch import Batch
 from sgmd_dist.data.sources import latent_shape_of
 from sgmd_dist.errors import UserError
-from sgmd_dist.models.base import LatentShape
+from sgmd_dist.models.base import ImageInput, LatentShape, RunnableModel
 from sgmd_dist.objectives.base import Phase, StepState
 from sgmd_dist.parallel.mesh import Mesh, build_mesh
 from sgmd_dist.parallel.sequence import compare
@@ -107,10 +107,9 @@ def trace(recipe: Recipe, world_size: int, rank: int) -> RankTrace:
                 tracer.assign("host" if offload else "parameters", module.parameters())
                 tracer.assign("parameters", module.buffers())
             networks = networks_by_role(modules, plans, objective.roles)
-            text_dim = generator.text_dim()
             has_noise = objective.needs_pairs is not None
             has_latents = has_noise or objective.needs_latents is not None
-            batches = FakeBatches(recipe, mesh, latent_shape, text_dim, with_latents=has_latents, with_noise=has_noise)
+            batches = FakeBatches(recipe, mesh, latent_shape, generator, with_latents=has_latents, with_noise=has_noise)
             stepper = _TracedStepper(recipe, mesh, objective, networks, batches)
             stepper.trace(tracer)
     return RankTrace(rank, tracer.parts, time.perf_counter() - start)
@@ -204,18 +203,18 @@ class FakeBatches:
         recipe: Recipe,
         mesh: Mesh,
         latent_shape: LatentShape,
-        text_dim: int,
+        model: RunnableModel,
         *,
         with_latents: bool,
         with_noise: bool = False,
     ) -> None:
         self._size, self._tokens = recipe.data.micro_batch_size, recipe.model.text_tokens
         self._unit, self._dp_size, self._group = mesh.dp_rank, mesh.dp_size, mesh.sequence
-        self._latent_shape, self._text_dim = latent_shape, text_dim
+        self._latent_shape, self._text_dim, self._image = latent_shape, model.text_dim(), model.image_input
         self._with_latents, self._with_noise = with_latents, with_noise
 
     def next(self) -> Batch:
-        unit, size = self._unit, self._size
+        unit, size, image = self._unit, self._size, self._image
         self._unit += self._dp_size
         valid = torch.ones(size, dtype=torch.bool)
         if self._group is not None:
@@ -229,10 +228,15 @@ class FakeBatches:
             latents=self._video() if self._with_latents else None,
             valid=valid,
             noise=self._video() if self._with_noise else None,
+            condition_latents=None if image is None else self._video(),
+            image_embeds=None if image is None or not image.embed_dim else self._embeds(image),
         )
 
     def _video(self) -> Tensor:
         return torch.empty(self._size, *self._latent_shape, dtype=torch.bfloat16)
+
+    def _embeds(self, image: ImageInput) -> Tensor:
+        return torch.empty(self._size, image.num_embeds, image.embed_dim, dtype=torch.bfloat16)
 
 
 class _TracedStepper(Stepper):

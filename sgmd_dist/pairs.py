@@ -94,6 +94,11 @@ def make_pairs(
     Raises:
         UserError: as `open_index` and `prepare`.
     """
+    if build_model(recipe, "teacher").image_input is not None:
+        raise UserError(
+            "model: pairs are made by text-to-video teachers, and this is an image-to-video model; objectives but dmd"
+            " need no pairs"
+        )
     index = open_index(recipe, mesh)
     settings = {
         "shards_sha256": index.fingerprint,

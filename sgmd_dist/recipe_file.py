@@ -225,7 +225,8 @@ def _messages(
         origin = next((origins[k] for k in _prefixes(parts) if k in origins), path)
         value = _look_up(data, parts)
         if field is None:
-            expected = f"unknown key; {registry.allowed(parts[-1], names)}{_elsewhere(schema, parts)}"
+            near = _elsewhere(schema, parts) or registry.nearest(parts[-1], names)
+            expected = f"unknown key; allowed: {', '.join(names)}{near}"
         elif detail["type"] == "missing" and len(parts) == len(detail["loc"]):
             yield parts[0], f"{path}: {key}: this key is required; expected {expectation(field, None)}"
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from sgmd_dist import flow, heads
 from sgmd_dist.adapters import Switch, adapter_parameters
+from sgmd_dist.conditions import Condition, TextAndImage
 from sgmd_dist.models.base import LatentShape, RunnableModel
 from sgmd_dist.recipe import AdamWSection, LrScheduleSection, OptimSection
 from sgmd_dist.shard import local
@@ -32,6 +34,15 @@ class Ema:
         """shadow <- decay shadow + (1 - decay) parameters, which are those that the shadow was made of."""
         shadows, values = ([*map(local, tensors.values())] for tensors in (self.shadow, parameters))
         torch._foreach_lerp_(shadows, values, 1 - decay)
+
+    @torch.no_grad()
+    def exchange(self, parameters: Mapping[str, Tensor]) -> None:
+        """Give the average's values to the parameters and theirs to the average, tensor by tensor and bit by bit."""
+        for name, shadow in self.shadow.items():
+            mine, other = local(shadow), local(parameters[name])
+            kept = other.clone()
+            other.copy_(mine)
+            mine.copy_(kept)
 
 
 class Call(NamedTuple):
@@ -77,7 +88,7 @@ class ShardedAdamW(torch.optim.AdamW):
 class Role:
     """One network: its module, and for a trained role its optimizer and, for the generator, an EMA.
 
-    A role is called as a network: `role(x_sigma, sigma, prompt_embeds, level)` gives the velocity in float32.
+    A role is called as a network: `role(x_sigma, sigma, condition, level)` gives the velocity in float32.
 
     Roles may share a module that has adapters: each runs it with the adapter of its own name, or with none, and trains
     that adapter alone.
@@ -103,15 +114,15 @@ class Role:
         self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self._lr: AdamWSection | None = None
 
-    def __call__(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
+    def __call__(self, x_sigma: Tensor, sigma: Tensor, condition: Condition, level: float | None = None) -> Tensor:
         self.calls[self._kind_of(x_sigma, level)] += 1
-        return self.run(x_sigma, sigma, prompt_embeds, level)
+        return self.run(x_sigma, sigma, condition, level)
 
     def judge(
         self,
         x_sigma: Tensor,
         sigma: Tensor,
-        prompt_embeds: Tensor,
+        condition: Condition,
         level: float | None = None,
         *,
         detached: bool = False,
@@ -123,14 +134,14 @@ class Role:
         """
         latent_shape = cast(LatentShape, tuple(x_sigma.shape[1:]))
         with heads.asked(self._heads, latent_shape, detached=detached) as logits:
-            velocity = self(x_sigma, sigma, prompt_embeds, level)
+            velocity = self(x_sigma, sigma, condition, level)
         [of_samples] = logits
         return velocity, of_samples
 
-    def run(self, x_sigma: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None) -> Tensor:
+    def run(self, x_sigma: Tensor, sigma: Tensor, condition: Condition, level: float | None = None) -> Tensor:
         """A call that is not counted."""
         with self._switch.using(self.adapter):
-            return self.model.velocity(self.module, x_sigma, sigma, prompt_embeds, level)
+            return self.model.velocity(self.module, x_sigma, sigma, condition, level)
 
     def _kind_of(self, x_sigma: Tensor, level: float | None) -> Call:
         """An adapter's weight gradients are too small to count: its backward pass is one through the base's inputs."""
@@ -185,6 +196,24 @@ class Role:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(value)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Run the role with its average's weights inside the context, without a second network in memory.
+
+        Weights and average trade places: nobody may read or write either meanwhile, as a save that copies them would.
+        """
+        assert self.ema is not None, f"{self.name} has no average"
+        self._trade(self.ema)
+        try:
+            yield
+        finally:
+            self._trade(self.ema)
+
+    def _trade(self, ema: Ema) -> None:
+        for unit in self._units:  # one that is still gathered would run with the weights of before
+            unit.reshard()
+        ema.exchange(self.parameters)
+
     def step(self, step: int, max_grad_norm: float, lr_factor: float) -> Tensor:
         """Clip, update the weights, clear the gradients; returns the gradient norm before clipping (a scalar).
 
@@ -235,8 +264,9 @@ class Roles(Mapping[str, Role]):
         for role in self.values():
             x = torch.zeros(1, *role.model.smallest_latents(), device=device)
             text = torch.zeros(1, WARM_UP_TOKENS, role.model.text_dim(), device=device)
+            condition = with_blank_image(role.model, text, x)
             for level in (0.0, *role.boundaries):
-                role(x, torch.full((1,), level, device=device), text, level)
+                role(x, torch.full((1,), level, device=device), condition, level)
             role.calls.clear()
         self.train_only(None)
 
@@ -285,6 +315,15 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
         return norm
     parts = [Partial() if isinstance(placement, Shard) else placement for placement in first.placements]
     return DTensor.from_local(norm**2, first.device_mesh, parts).full_tensor().sqrt()
+
+
+def with_blank_image(model: RunnableModel, text: Tensor, x: Tensor) -> Condition:
+    """A condition of texts `[B, T, D]` beside latents `x`, with an image of zeros where the model takes one."""
+    image = model.image_input
+    if image is None:
+        return text
+    embeds = text.new_zeros(len(x), image.num_embeds, image.embed_dim) if image.embed_dim else None
+    return TextAndImage(text, torch.zeros_like(x, dtype=text.dtype), embeds)
 
 
 def lr_factor(section: LrScheduleSection, step: int, num_steps: int) -> float:

@@ -1,7 +1,7 @@
 """Few-step rollouts: backward simulation with a gradient at the exit step, and sampling.
 
-A `Network` is a role, or any callable, that maps (x_sigma `[B, C, F, H, W]`, sigma `[B]`, prompt_embeds
-`[B, T, D]`, level) to a velocity of x_sigma's shape; see `sgmd_dist.flow` for `level`.
+A `Network` is a role, or any callable, that maps (x_sigma `[B, C, F, H, W]`, sigma `[B]`, the condition, level) to a
+velocity of x_sigma's shape; see `sgmd_dist.conditions` for the condition and `sgmd_dist.flow` for `level`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from sgmd_dist import flow
+from sgmd_dist.conditions import Condition, joined, text_of, with_text
 
-Network = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Network = Callable[[Tensor, Tensor, Condition, float], Tensor]
 GuidanceMode = Literal["batched", "separate"]
 
 
 def guided(
     network: Network,
-    prompt_embeds: Tensor,
+    condition: Condition,
     negative_embeds: Tensor,
     guidance_scale: float,
     mode: GuidanceMode = "batched",
@@ -28,20 +29,20 @@ def guided(
     """`network` under classifier-free guidance, as a function of (x, sigma, level).
 
     Args:
-        prompt_embeds: `[B, T, D]`.
-        negative_embeds: `[1, T, D]`, used for every sample.
+        condition: of B samples.
+        negative_embeds: `[1, T, D]`, in place of every sample's text; images stay.
         guidance_scale: 1.0 means none, and takes one pass instead of two.
         mode: `batched` runs both conditions as one forward of 2B samples, `separate` as two forwards.
     """
     if guidance_scale == 1.0:
-        return lambda x, sigma, level: network(x, sigma, prompt_embeds, level)
-    negative = negative_embeds.expand_as(prompt_embeds)
+        return lambda x, sigma, level: network(x, sigma, condition, level)
+    negative = with_text(condition, negative_embeds.expand_as(text_of(condition)))
 
     def separate(x: Tensor, sigma: Tensor, level: float) -> Tensor:
-        return flow.guide(network(x, sigma, prompt_embeds, level), network(x, sigma, negative, level), guidance_scale)
+        return flow.guide(network(x, sigma, condition, level), network(x, sigma, negative, level), guidance_scale)
 
     def batched(x: Tensor, sigma: Tensor, level: float) -> Tensor:
-        both = network(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([prompt_embeds, negative]), level)
+        both = network(torch.cat([x, x]), torch.cat([sigma, sigma]), joined([condition, negative]), level)
         conditional, unconditional = both.chunk(2)
         return flow.guide(conditional, unconditional, guidance_scale)
 

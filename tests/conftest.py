@@ -71,3 +71,27 @@ def video_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(Path(__file__).parents[1] / "recipes/tiny_wan" / part, folder / part)
     return folder
+
+
+@pytest.fixture(scope="session")
+def image_pipeline(tmp_path_factory: pytest.TempPathFactory, video_pipeline: Path) -> Path:
+    """The same as an image-to-video folder like Wan2.1-I2V's: a tiny random transformer, CLIP model and processor."""
+    import torch
+    from diffusers import WanTransformer3DModel
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    folder = tmp_path_factory.mktemp("image_pipeline") / "wan"
+    shutil.copytree(video_pipeline, folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=10, out_channels=3, text_dim=32, freq_dim=16,
+            ffn_dim=32, num_layers=1, rope_max_seq_len=32, image_dim=10, added_kv_proj_dim=24,
+        )  # fmt: skip
+        sizes = {"hidden_size": 10, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        encoder = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4))
+    transformer.save_pretrained(folder / "transformer")
+    encoder.save_pretrained(folder / "image_encoder")
+    processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor.save_pretrained(folder / "image_processor")
+    return folder

@@ -17,9 +17,10 @@ from sgmd_dist.assemble import build_networks, build_objective
 from sgmd_dist.benchmarks.report import machine
 from sgmd_dist.checkpoint import Saver, training_state
 from sgmd_dist.checkpoint.state import local
+from sgmd_dist.conditions import Condition
 from sgmd_dist.parallel.mesh import Mesh
 from sgmd_dist.recipe import Recipe
-from sgmd_dist.roles import Role, Roles, build_roles
+from sgmd_dist.roles import Role, Roles, build_roles, with_blank_image
 
 BUDGET = 0.10  # of a synchronous save's stall
 _NUM_QUIET_STEPS = 5
@@ -176,12 +177,12 @@ def _step(roles: Roles, mesh: Mesh, before_write: Callable[[], None] = lambda: N
     roles.train_only(None)
 
 
-def _inputs(role: Role, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _inputs(role: Role, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     """One sample of 8 by 8 patches, and 32 text tokens."""
     channels, frames, height, width = role.model.smallest_latents()
     x = torch.ones(1, channels, frames, 8 * height, 8 * width, device=mesh.device)
     text = torch.ones(1, 32, role.model.text_dim(), device=mesh.device)
-    return x, torch.full((1,), _LEVEL, device=mesh.device), text
+    return x, torch.full((1,), _LEVEL, device=mesh.device), with_blank_image(role.model, text, x)
 
 
 def _timed(function: Callable[[], object]) -> float:

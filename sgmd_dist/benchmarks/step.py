@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sgmd_dist.batch import Batch
 from sgmd_dist.benchmarks.report import machine
+from sgmd_dist.conditions import Condition
 from sgmd_dist.metrics import Timer
 from sgmd_dist.models.base import LatentShape, VideoModel
 from sgmd_dist.objectives.base import Phase, StepState
@@ -34,13 +35,13 @@ from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
 from sgmd_dist.planner.machine import Machine
 from sgmd_dist.planner.plan import make_plan
 from sgmd_dist.recipe import Recipe
-from sgmd_dist.roles import Call, Role
+from sgmd_dist.roles import Call, Role, with_blank_image
+from sgmd_dist.throughput import peak_tflops
 from sgmd_dist.trainer import Trainer
 
 BUDGET = 1.05  # step time over that of its passes
 WARM_UP_STEPS = 2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}  # bfloat16, dense, by a part of the name
 
 
 @dataclass(frozen=True)
@@ -214,11 +215,12 @@ class MeasuredTrainer(Trainer):
             role.module.zero_grad(set_to_none=True)
         self.roles.train_only(None)
 
-    def _inputs(self, role: Role, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(self, role: Role, call: Call) -> tuple[Tensor, Tensor, Condition]:
         device, size = self.mesh.device, call.shape[0]
         x = torch.randn(call.shape, device=device, requires_grad=call.for_input)
         prompts = torch.randn(size, self.recipe.model.text_tokens, role.model.text_dim(), device=device).bfloat16()
-        return x, torch.full((size,), _level(role, call), device=device), prompts
+        condition = with_blank_image(role.model, prompts, x)
+        return x, torch.full((size,), _level(role, call), device=device), condition
 
     def _report(
         self,
@@ -235,7 +237,7 @@ class MeasuredTrainer(Trainer):
         recomputes = self.recipe.parallel.activation_checkpointing != "none"
         passes = sum(count * call.passes(recomputes=recomputes) for (_, call), count in calls.items())
         tokens = self._num_tokens(calls)
-        peak_tflops = next((peak for part, peak in PEAK_TFLOPS.items() if part in machine()["device"]), None)
+        peak = peak_tflops(machine()["device"])
         return StepReport(
             recipe=self.recipe.run.name,
             world_size=self.mesh.layout.world_size,
@@ -254,7 +256,7 @@ class MeasuredTrainer(Trainer):
             sample_passes=passes / num_steps / samples,
             tokens_per_s=data.global_batch_size * tokens / seconds["step"],
             model_tflops=model_tflops,
-            mfu=None if peak_tflops is None else model_tflops / peak_tflops,
+            mfu=None if peak is None else model_tflops / peak,
             peak_bytes=peak_bytes,
             planned_bytes=self._planned_bytes(),
             peak_is="max_memory_allocated" if self.mesh.device.type == "cuda" else "growth of the resident set",
@@ -281,11 +283,11 @@ class MeasuredTrainer(Trainer):
         return counter.get_total_flops() * (1 + (call.for_input or call.for_weights) + call.for_weights)
 
 
-def bare_pass(role: Role, call: Call, inputs: tuple[Tensor, Tensor, Tensor], cotangent: Tensor | None) -> None:
+def bare_pass(role: Role, call: Call, inputs: tuple[Tensor, Tensor, Condition], cotangent: Tensor | None) -> None:
     """One pass of `call`'s kind and nothing else; weight gradients are added to those that are there.
 
     Args:
-        inputs: latents, noise levels, prompt embeddings.
+        inputs: latents, noise levels, conditions.
         cotangent: of the velocity; needed where there is a backward pass.
     """
     inputs[0].grad = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sgmd_dist.data.foreign import FOREIGN_LAYOUTS, OWN_LAYOUT, crc32_of, decode_members
-from sgmd_dist.data.format import TENSORS_SUFFIX, CorruptSample, brief, is_counts, is_finite, parse_safetensors
+from sgmd_dist.data.format import TENSORS, TENSORS_SUFFIX, CorruptSample, brief, is_counts, is_finite, parse_safetensors
 from sgmd_dist.data.members import Members, whole_scan
 from sgmd_dist.data.record import ShardRecord
 from sgmd_dist.errors import UserError
@@ -23,7 +23,7 @@ from sgmd_dist.errors import UserError
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".pyd", ".ckpt")  # webdataset's default decoders would load them
 
 
-KIND_IN_WORDS = "(bucket, latent shape, latents, D, noise)"
+KIND_IN_WORDS = "(bucket, latent shape, latents, D, noise, condition, image embeds)"
 
 
 class Kind(NamedTuple):
@@ -34,6 +34,8 @@ class Kind(NamedTuple):
     has_latents: bool
     embed_dim: int
     has_noise: bool = False
+    has_condition: bool = False
+    image_embeds: list[int] = []  # noqa: RUF012 - [N, E]; never changed
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,22 @@ def describe(sample: RawSample) -> tuple[Kind | None, list[str]]:
         tensors = tensors_of(sample)
     except CorruptSample as error:
         return None, [*mistakes, str(error)]
-    latents, embeds, noise = (tensors.get(name) for name in ("latents", "prompt_embeds", "noise"))
+    latents, embeds = tensors.get("latents"), tensors.get("prompt_embeds")
     shape = content.get("latent_shape") if latents is None else list(latents.shape)
-    mistakes += _wrong_tensors(latents, embeds, noise, shape)
+    mistakes += _wrong_tensors(tensors, shape)
     bucket = content.get("bucket")
     if mistakes or embeds is None or not isinstance(shape, list):
         return None, mistakes
     if not isinstance(bucket, str):
         bucket = "x".join(map(str, shape))
-    return Kind(bucket, shape, latents is not None, embeds.shape[1], noise is not None), []
+    image = list(tensors["image_embeds"].shape) if "image_embeds" in tensors else []
+    has_noise, has_condition = "noise" in tensors, "condition_latents" in tensors
+    return Kind(bucket, shape, latents is not None, embeds.shape[1], has_noise, has_condition, image), []
 
 
-def _wrong_tensors(latents: Tensor | None, embeds: Tensor | None, noise: Tensor | None, shape: Any) -> list[str]:
+def _wrong_tensors(tensors: dict[str, Tensor], shape: Any) -> list[str]:
     mistakes = []
+    latents, embeds, noise = (tensors.get(name) for name in ("latents", "prompt_embeds", "noise"))
     if not is_counts(shape) or len(shape) != 4 or 0 in shape:
         mistakes.append(
             f"latent shape is {brief(shape)}, expected [C, F, H, W] from 'latents' or the json's latent_shape"
@@ -133,8 +138,13 @@ def _wrong_tensors(latents: Tensor | None, embeds: Tensor | None, noise: Tensor 
     if noise is not None and (latents is None or noise.shape != latents.shape):
         beside = "no 'latents'" if latents is None else f"'latents' {list(latents.shape)}"
         mistakes.append(f"'noise' is {list(noise.shape)} beside {beside}: expected the latents' shape")
-    for name, tensor in (("latents", latents), ("prompt_embeds", embeds), ("noise", noise)):
-        if tensor is None:
+    condition, image = tensors.get("condition_latents"), tensors.get("image_embeds")
+    if condition is not None and list(condition.shape) != shape:
+        mistakes.append(f"'condition_latents' is {list(condition.shape)}, expected the latent shape {brief(shape)}")
+    if image is not None and (condition is None or image.ndim != 2 or 0 in image.shape):
+        mistakes.append(f"'image_embeds' is {list(image.shape)}, expected [N, E] beside 'condition_latents'")
+    for name in TENSORS:
+        if (tensor := tensors.get(name)) is None:
             continue
         if tensor.dtype != torch.bfloat16:
             mistakes.append(f"'{name}' is {tensor.dtype}, must be bfloat16")

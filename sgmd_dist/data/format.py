@@ -23,6 +23,8 @@ from sgmd_dist.errors import UserError
 
 NEGATIVE_PROMPT_NAME = "negative_prompt.safetensors"
 TENSORS_SUFFIX = "sample.safetensors"
+VIDEO_TENSORS = ("latents", "noise", "condition_latents")  # each of a sample's latent shape
+TENSORS = (*VIDEO_TENSORS, "prompt_embeds", "image_embeds")
 _DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,

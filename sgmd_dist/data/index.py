@@ -28,7 +28,7 @@ from sgmd_dist.data.format import (
     read_negative_prompt,
 )
 from sgmd_dist.data.members import Mistake
-from sgmd_dist.data.record import INDEX_VERSION, ShardRecord, list_tars, sidecar_path, sidecar_record
+from sgmd_dist.data.record import INDEX_VERSION, Held, ShardRecord, list_tars, sidecar_path, sidecar_record
 from sgmd_dist.data.remote import Remote, is_remote, local_path_of
 from sgmd_dist.data.remote_index import INDEX_NAME, expanded, open_remote, read_remote_prompt
 from sgmd_dist.durable import write_durably
@@ -155,7 +155,7 @@ class ShardIndex:
         self._wanted: dict[int, Wanted] = {}
         self.folder = self.paths[0].parent
         self._records = records
-        self._kinds: dict[str, tuple[list[int], bool, bool]] = {}
+        self._kinds: dict[str, Held] = {}
         for path, record in shards:
             self._check_kind(path, record)
         self.buckets = list(self._kinds)
@@ -177,13 +177,11 @@ class ShardIndex:
                 f"{path}: prompt_embeds have D={record.embed_dim}, {self.paths[0]} has D={first.embed_dim}; "
                 "encode all shards with one text encoder"
             )
-        kind = (list(record.latent_shape), record.has_latents, record.has_noise)
-        known = self._kinds.setdefault(record.bucket, kind)
-        if known != kind:
+        known = self._kinds.setdefault(record.bucket, record.held)
+        if known != record.held:
             raise UserError(
-                f"{path}: bucket '{record.bucket}' has latent shape {kind[0]} (latents stored: {kind[1]}, noise:"
-                f" {kind[2]}), the shards before {known[0]} (latents stored: {known[1]}, noise: {known[2]}); give every"
-                " kind of shard its own bucket name"
+                f"{path}: bucket '{record.bucket}' has {record.held.text()}, in the shards before {known.text()}; give"
+                " every kind of shard its own bucket name"
             )
 
     @classmethod
@@ -232,18 +230,22 @@ class ShardIndex:
     def num_samples(self) -> int:
         return len(self.keys)
 
+    def held(self, bucket: int | str) -> Held:
+        """What the samples of a bucket, given by its name or number, hold beside prompt embeddings."""
+        return self._kinds[self.buckets[bucket] if isinstance(bucket, int) else bucket]
+
     def latent_shape(self, bucket: int | str) -> LatentShape:
         """(C, F, H, W) of a bucket, given by its name or number."""
-        c, f, h, w = self._kinds[self.buckets[bucket] if isinstance(bucket, int) else bucket][0]
+        c, f, h, w = self.held(bucket).latent_shape
         return c, f, h, w
 
     def has_latents(self, bucket: int | str) -> bool:
         """Whether the samples of a bucket hold latents, not captions only."""
-        return self._kinds[self.buckets[bucket] if isinstance(bucket, int) else bucket][1]
+        return self.held(bucket).latents
 
     def has_noise(self, bucket: int | str) -> bool:
         """Whether the samples of a bucket are pairs: latents with the noise that a teacher made them of."""
-        return self._kinds[self.buckets[bucket] if isinstance(bucket, int) else bucket][2]
+        return self.held(bucket).noise
 
     def foreign_place(self, sample: int) -> ForeignPlace | None:
         """Where a sample of a foreign shard lies (sgmd_dist/data/foreign.py), or None in a shard of our own layout."""

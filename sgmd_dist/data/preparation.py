@@ -46,8 +46,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """A row encoded: what `ShardWriter.add` takes. `prompt_embeds` is `[n_tokens, D]`, `latents` and `noise` have
-    `latent_shape`."""
+    """A row encoded: what `ShardWriter.add` takes. `prompt_embeds` is `[n_tokens, D]`, `image_embeds` `[N, E]`, the
+    others have `latent_shape`."""
 
     prompt_embeds: Tensor
     latents: Tensor | None
@@ -56,6 +56,8 @@ class Sample:
     source: str
     extra_json: dict[str, Any] = field(default_factory=dict)
     noise: Tensor | None = None
+    condition_latents: Tensor | None = None
+    image_embeds: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,8 @@ def _work(
                     row.caption or "",
                     latents=result.latents,
                     noise=result.noise,
+                    condition_latents=result.condition_latents,
+                    image_embeds=result.image_embeds,
                     source=result.source,
                     **result.extra_json,
                 )

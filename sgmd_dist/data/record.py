@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sgmd_dist.data.foreign import FOREIGN_LAYOUTS, OWN_LAYOUT, ForeignPlace
 from sgmd_dist.data.format import brief, consolidate_call, is_counts, read_json
@@ -13,7 +13,24 @@ from sgmd_dist.errors import UserError
 
 INDEX_VERSION = 1
 _FOREIGN_FIELDS = ("layout", "embed_offsets", "embed_sizes")
-_NOISE_FIELD = "has_noise"
+_OPTIONAL_FIELDS = ("has_noise", "has_condition", "image_embeds")  # stored where they are set
+
+
+class Held(NamedTuple):
+    """What the samples of a bucket hold beside prompt embeddings; see `ShardRecord`."""
+
+    latent_shape: tuple[int, ...]
+    latents: bool
+    noise: bool
+    condition: bool
+    image_embeds: tuple[int, ...]
+
+    def text(self) -> str:
+        """In words, for messages."""
+        held = {"latents": self.latents, "noise": self.noise, "condition_latents": self.condition}
+        names = [name for name, is_held in held.items() if is_held]
+        names += [f"image_embeds {list(self.image_embeds)}"] if self.image_embeds else []
+        return f"latent shape {list(self.latent_shape)}, tensors {', '.join(names) or 'none'}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,10 @@ class ShardRecord:
     layout: str = OWN_LAYOUT
     embed_offsets: list[int] = field(default_factory=list)
     embed_sizes: list[int] = field(default_factory=list)
-    has_noise: bool = False  # stored where it is true alone: other records stay what they were
+    # These are stored where they are set alone: other records stay what they were.
+    has_noise: bool = False
+    has_condition: bool = False  # `condition_latents`: of the images that the videos begin with
+    image_embeds: list[int] = field(default_factory=list)  # [N, E], or empty where there are none
 
     @classmethod
     def from_json(cls, value: Any, path: Path) -> ShardRecord:
@@ -46,13 +66,13 @@ class ShardRecord:
         if not isinstance(value, dict) or value.get("version") != INDEX_VERSION:
             found = value.get("version") if isinstance(value, dict) else value
             raise UserError(f"{path}: index version is {brief(found)}, expected {INDEX_VERSION}; {mend}")
-        names = [own.name for own in fields(cls) if own.name not in (*_FOREIGN_FIELDS, _NOISE_FIELD)]
+        names = [own.name for own in fields(cls) if own.name not in (*_FOREIGN_FIELDS, *_OPTIONAL_FIELDS)]
         if value.get("layout", OWN_LAYOUT) != OWN_LAYOUT:
             names += _FOREIGN_FIELDS
         missing = [name for name in names if name not in value]
         if missing:
             raise UserError(f"{path}: index lacks {', '.join(missing)}; {mend}")
-        names += [_NOISE_FIELD] if _NOISE_FIELD in value else []
+        names += [name for name in _OPTIONAL_FIELDS if name in value]
         record = cls(**{name: value[name] for name in names})
         if wrong := record._wrong():
             raise UserError(f"{path}: {wrong}; {mend}")
@@ -73,6 +93,8 @@ class ShardRecord:
             return f"has_noise of {self.shard} is {brief(self.has_noise)}, expected a boolean"
         if self.has_noise and not (self.has_latents and self.layout == OWN_LAYOUT):
             return f"has_noise of {self.shard} is true, expected false without latents and in layout {self.layout}"
+        if wrong := self._wrong_condition():
+            return wrong
         counts = {"tar_bytes": [self.tar_bytes], "embed_dim": [self.embed_dim], "latent_shape": self.latent_shape}
         places = {"offsets": self.offsets, "sizes": self.sizes, "crc32": self.crc32}
         if self.layout != OWN_LAYOUT:
@@ -92,6 +114,20 @@ class ShardRecord:
             return f"crc32 of {self.shard} holds {max(self.crc32)}, which takes more than 32 bits"
         return ""
 
+    def _wrong_condition(self) -> str:
+        if not isinstance(self.has_condition, bool) or (self.has_condition and self.layout != OWN_LAYOUT):
+            return f"has_condition of {self.shard} is {brief(self.has_condition)}, expected a boolean, false in foreign"
+        is_shape = is_counts(self.image_embeds) and len(self.image_embeds) in (0, 2) and 0 not in self.image_embeds
+        if not is_shape or (self.image_embeds and not self.has_condition):
+            return f"image_embeds of {self.shard} is {brief(self.image_embeds)}, expected [N, E] beside a condition"
+        return ""
+
+    @property
+    def held(self) -> Held:
+        """What each of its samples holds."""
+        shapes = tuple(self.latent_shape), tuple(self.image_embeds)
+        return Held(shapes[0], self.has_latents, self.has_noise, self.has_condition, shapes[1])
+
     def foreign_place(self, number: int) -> ForeignPlace | None:
         """Where the members of sample `number` lie, or None in our own layout."""
         if self.layout == OWN_LAYOUT:
@@ -107,8 +143,9 @@ class ShardRecord:
         if self.layout == OWN_LAYOUT:
             for name in _FOREIGN_FIELDS:
                 del content[name]
-        if not self.has_noise:
-            del content[_NOISE_FIELD]
+        for name in _OPTIONAL_FIELDS:
+            if not content[name]:
+                del content[name]
         return content
 
     def check_tar(self, tar_path: Path) -> None:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from sgmd_dist.autoencoder import Autoencoder
-from sgmd_dist.data.encode import MAX_TOKENS, NEGATIVE_PROMPT, TextEncoder
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
+from sgmd_dist.data.image_encoder import IMAGE_PARTS, ImageEncoder
 from sgmd_dist.data.manifest import Manifest, Row
 from sgmd_dist.data.preparation import Sample, Skipped
 from sgmd_dist.data.video import Bucket, Clip, UnreadableVideo, count_frames, nearest_bucket, probe, read_clip
 from sgmd_dist.errors import UserError
-from sgmd_dist.models.base import LatentShape, VideoModel
-from sgmd_dist.registry import MODELS, load
+from sgmd_dist.models.base import TEXT_ENCODING, ImageInput, LatentShape, TextEncoding, VideoModel
+from sgmd_dist.registry import MODELS, available, load
 
 _READ_AHEAD = 2  # decoded videos that wait; one of 81 x 480 x 832 takes 97 MB
 
@@ -32,10 +33,14 @@ U = TypeVar("U")
 class VideoRows:
     """Encodes rows with videos. A thread reads the next videos while the networks work.
 
+    Samples for an image-to-video model get what it sees of a video's first picture.
+
     Args:
         buckets: at least one.
         frames_per_second: of the samples.
         captions_at_once: of a text encoder's batch.
+        with_images: whether the samples are for an image-to-video model,
+        image_encoder: and if it takes embeddings of the image, their encoder.
 
     Raises:
         UserError: a bucket is not what the VAE takes.
@@ -51,7 +56,10 @@ class VideoRows:
         frames_per_second: Fraction,
         negative_prompt: str,
         captions_at_once: int,
+        with_images: bool = False,
+        image_encoder: ImageEncoder | None = None,
     ) -> None:
+        self._with_images, self._image_encoder = with_images, image_encoder
         self._manifest, self._buckets = manifest, list(buckets)
         self._text_encoder, self._autoencoder = text_encoder, autoencoder
         self._frames_per_second = frames_per_second
@@ -71,7 +79,7 @@ class VideoRows:
         device: torch.device | str = "cpu",
         text_dtype: torch.dtype = torch.bfloat16,
         vae_dtype: torch.dtype = torch.float32,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int | None = None,
     ) -> VideoRows:
         """With the networks of a diffusers folder.
 
@@ -80,8 +88,10 @@ class VideoRows:
                 its transformer take.
         """
         autoencoder = Autoencoder.load(pretrained / "vae", device, vae_dtype)
-        _check_transformer(pretrained, {bucket: _latent_shape(autoencoder, bucket) for bucket in buckets})
-        text_encoder = TextEncoder.from_pretrained(pretrained, text_dtype, device=device, max_tokens=max_tokens)
+        image = _check_transformer(pretrained, {bucket: _latent_shape(autoencoder, bucket) for bucket in buckets})
+        text_encoder = TextEncoder.from_pretrained(
+            pretrained, text_dtype, device=device, max_tokens=max_tokens, encoding=text_encoding_of(pretrained)
+        )
         return cls(
             manifest,
             text_encoder,
@@ -90,6 +100,8 @@ class VideoRows:
             frames_per_second=frames_per_second,
             negative_prompt=negative_prompt,
             captions_at_once=captions_at_once,
+            with_images=image is not None,
+            image_encoder=_image_encoder(pretrained, image, device) if image is not None else None,
         )
 
     def negative_embeds(self) -> Tensor:
@@ -138,7 +150,16 @@ class VideoRows:
             "source_fps": clip.frames_per_second,
             "source_size": list(clip.stored),
         }
-        return Sample(embeds, latents, expected, bucket.name, row.video or "", extra)
+        return Sample(embeds, latents, expected, bucket.name, row.video or "", extra, **self._image(pictures))
+
+    def _image(self, pictures: Tensor) -> dict[str, Tensor]:
+        """What an image-to-video model sees of the first of `pictures`, by the names of a sample's tensors."""
+        if not self._with_images:
+            return {}
+        found = {"condition_latents": self._autoencoder.encode_first(pictures)}
+        if self._image_encoder is not None:
+            found["image_embeds"] = self._image_encoder.encode(pictures[0])
+        return found
 
 
 class CaptionRows:
@@ -172,7 +193,8 @@ def transformer_latents(pretrained: Path, video: Bucket, said: str) -> LatentSha
     """(C, F, H, W) of the latents that a diffusers folder's transformer has for videos like `video`.
 
     Raises:
-        UserError: the folder has no Wan transformer, or it takes no such videos; the message begins with `said`.
+        UserError: the folder has no transformer of a family here, or it takes no such videos; the message begins with
+            `said`.
     """
     model = _transformer(pretrained)
     try:
@@ -181,22 +203,63 @@ def transformer_latents(pretrained: Path, video: Bucket, said: str) -> LatentSha
         raise UserError(f"{said}: {error}") from None
 
 
-def _check_transformer(pretrained: Path, latent_shapes: dict[Bucket, LatentShape]) -> None:
-    """Raise `UserError` where the folder's transformer, if it has one, does not take a bucket's latents."""
+def _check_transformer(pretrained: Path, latent_shapes: dict[Bucket, LatentShape]) -> ImageInput | None:
+    """What the folder's transformer, if it has one, takes of an image; `UserError` where it does not take a bucket's
+    latents."""
     if not (pretrained / "transformer").is_dir():
-        return
-    channels, *patch = _transformer(pretrained).smallest_latents()
+        return None
+    model = _transformer(pretrained)
+    channels, *patch = model.smallest_latents()
     for bucket, shape in latent_shapes.items():
         if shape[0] != channels or any(size % unit for size, unit in zip(shape[1:], patch, strict=True)):
             raise UserError(
                 f"--buckets: {bucket.name}: its latents are {shape}; {pretrained / 'transformer'} takes {channels}"
                 f" channels and frames, height, width in multiples of {tuple(patch)}; choose other sizes"
             )
+    return model.image_input
+
+
+def _image_encoder(pretrained: Path, image: ImageInput, device: torch.device | str) -> ImageEncoder | None:
+    if not image.embed_dim:
+        return None
+    encoder = ImageEncoder.load(pretrained, device)
+    if encoder.width != image.embed_dim:
+        raise UserError(
+            f"{pretrained / 'image_encoder'}: makes embeddings of {encoder.width} numbers, the transformer takes"
+            f" {image.embed_dim}; download the folder again"
+        )
+    return encoder
+
+
+def image_settings(pretrained: Path) -> dict[str, Any]:
+    """What decides on the images of samples for an image-to-video folder; nothing for another.
+
+    Raises:
+        UserError: the folder's transformer cannot be read.
+    """
+    if _check_transformer(pretrained, {}) is None:
+        return {}
+    return {"image_sha256": pretrained_fingerprint(pretrained, IMAGE_PARTS)}
+
+
+def text_encoding_of(pretrained: Path) -> TextEncoding | None:
+    """How the pipeline of a diffusers folder makes prompt embeddings, by its transformer."""
+    return _transformer(pretrained).text_encoding if (pretrained / "transformer").is_dir() else TEXT_ENCODING
 
 
 def _transformer(pretrained: Path) -> VideoModel:
-    family = load(MODELS, "wan")
-    return family.build(family.Section(family="wan"), str(pretrained), "--pretrained")
+    """The model of a diffusers folder, of the family whose network its config.json names."""
+    families = {name: load(MODELS, name) for name in available(MODELS)}
+    config = pretrained / "transformer" / "config.json"
+    try:
+        network = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--pretrained {pretrained}: {config} names no network ({error}); download it again") from None
+    for name, family in families.items():
+        if family.NETWORK.__name__ == network:
+            return family.build(family.Section(family=name), str(pretrained), "--pretrained")
+    known = ", ".join(family.NETWORK.__name__ for family in families.values())
+    raise UserError(f"--pretrained {pretrained}: {config} describes {network}, expected one of {known}")
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

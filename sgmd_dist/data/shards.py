@@ -4,7 +4,8 @@
 
 A sample is two tar members: `{key}.json` (caption, bucket, source, free extra fields) and `{key}.sample.safetensors`
 (`latents` bf16 [C, F, H, W], absent in caption-only shards, and `prompt_embeds` bf16 [n_tokens, D] without padding;
-in shards of pairs also `noise` bf16 [C, F, H, W], which a teacher's chain turned into `latents`).
+in shards of pairs also `noise` bf16 [C, F, H, W], which a teacher's chain turned into `latents`; in shards for image to
+video also `condition_latents` bf16 [C, F, H, W], see sgmd_dist/conditions.py, and perhaps `image_embeds` bf16 [N, E]).
 A shard holds one bucket, that is one latent shape. Every file is written aside, fsynced and renamed, the index after
 what it describes: whatever is visible is whole. To write a data set:
 
@@ -32,7 +33,7 @@ from torch import Tensor
 from webdataset.writer import TarWriter
 
 from sgmd_dist.data.examine import member_bytes
-from sgmd_dist.data.format import TENSORS_SUFFIX, check_key, safetensors_bytes
+from sgmd_dist.data.format import TENSORS_SUFFIX, VIDEO_TENSORS, check_key, safetensors_bytes
 from sgmd_dist.data.members import Members, scan_tar, tar_members
 from sgmd_dist.data.record import ShardRecord, sidecar_path
 from sgmd_dist.durable import publish, write_durably
@@ -81,8 +82,7 @@ class ShardWriter:
         self._seen: set[str] = set()
         self._num_shards = 0
         self._embed_dim: int | None = None  # known, like the next, from the first sample on
-        self._has_latents: bool | None = None
-        self._has_noise: bool | None = None
+        self._stored: dict[str, tuple[int, ...]] | None = None  # shapes, of all tensors but the prompts'
         self._file: IO[bytes] | None = None
         self._tar: TarWriter | None = None
         self._path = self._temporary = self.folder
@@ -108,6 +108,8 @@ class ShardWriter:
         *,
         latents: Tensor | None = None,
         noise: Tensor | None = None,
+        condition_latents: Tensor | None = None,
+        image_embeds: Tensor | None = None,
         source: str = "",
         **extra_json: Any,
     ) -> None:
@@ -119,12 +121,21 @@ class ShardWriter:
             caption: the text behind `prompt_embeds`.
             latents: `[C, F, H, W]`, stored as bf16; given for all samples of a writer or for none.
             noise: `[C, F, H, W]` beside `latents`, likewise.
+            condition_latents: `[C, F, H, W]` of the image that the video begins with, likewise.
+            image_embeds: `[N, E]` of that image beside `condition_latents`, likewise; all of one shape.
             source: where the sample comes from.
             extra_json: further fields of the sample's json.
 
         Raises `UserError` for a wrong key, shape or dtype, and values that are not finite.
         """
-        data = safetensors_bytes(self._checked(key, prompt_embeds, latents, noise, extra_json))
+        optional = {
+            "latents": latents,
+            "noise": noise,
+            "condition_latents": condition_latents,
+            "image_embeds": image_embeds,
+        }
+        stored = {name: tensor for name, tensor in optional.items() if tensor is not None}
+        data = safetensors_bytes(self._checked(key, prompt_embeds, stored, extra_json))
         crc32 = zlib.crc32(data)
         description = {"caption": caption, "bucket": self._bucket, "source": source, "crc32": crc32, **extra_json}
         if latents is None:
@@ -152,8 +163,7 @@ class ShardWriter:
         self,
         key: str,
         prompt_embeds: Tensor,
-        latents: Tensor | None,
-        noise: Tensor | None,
+        stored: dict[str, Tensor],
         extra_json: dict[str, Any],
     ) -> dict[str, Tensor]:
         """The sample's tensors as they are stored; nothing is written of a sample that fails."""
@@ -167,24 +177,34 @@ class ShardWriter:
             raise UserError(f"{where}: prompt_embeds is {list(prompt_embeds.shape)}, expected [n_tokens, D]")
         if self._embed_dim not in (None, prompt_embeds.shape[1]):
             raise UserError(f"{where}: prompt_embeds has D={prompt_embeds.shape[1]}, samples before {self._embed_dim}")
-        if noise is not None and latents is None:
-            raise UserError(f"{where}: noise belongs to the latents that were made of it; give both, or neither")
-        videos = {name: t for name, t in (("latents", latents), ("noise", noise)) if t is not None}
-        for name, before in (("latents", self._has_latents), ("noise", self._has_noise)):
-            if name in videos and list(videos[name].shape) != self.latent_shape:
-                raise UserError(
-                    f"{where}: {name} are {list(videos[name].shape)}, bucket '{self._bucket}' takes "
-                    f"{self.latent_shape}; give another latent shape its own bucket and writer"
-                )
-            if before not in (None, name in videos):
-                raise UserError(f"{where}: {name} must be given for all samples of a writer or for none")
-        tensors = {"prompt_embeds": prompt_embeds} | videos
+        self._check_stored(where, stored)
+        tensors = {"prompt_embeds": prompt_embeds} | stored
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"{where}: {name} ({tensor.dtype}) must be floating point and finite; mend the encoder")
         self._embed_dim = prompt_embeds.shape[1]
-        self._has_latents, self._has_noise = latents is not None, noise is not None
+        self._stored = {name: tuple(tensor.shape) for name, tensor in stored.items()}
         return {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
+
+    def _check_stored(self, where: str, stored: dict[str, Tensor]) -> None:
+        """Raise for tensors beside the prompt that are not of this writer's kind."""
+        if "noise" in stored and "latents" not in stored:
+            raise UserError(f"{where}: noise belongs to the latents that were made of it; give both, or neither")
+        if "image_embeds" in stored and "condition_latents" not in stored:
+            raise UserError(f"{where}: image_embeds belong to an image's condition_latents; give both, or the latter")
+        for name in (*VIDEO_TENSORS, "image_embeds"):
+            if name in VIDEO_TENSORS and name in stored and list(stored[name].shape) != self.latent_shape:
+                raise UserError(
+                    f"{where}: {name} are {list(stored[name].shape)}, bucket '{self._bucket}' takes "
+                    f"{self.latent_shape}; give another latent shape its own bucket and writer"
+                )
+            if self._stored is not None and (name in stored) != (name in self._stored):
+                raise UserError(f"{where}: {name} must be given for all samples of a writer or for none")
+        if "image_embeds" in stored:
+            shape, before = tuple(stored["image_embeds"].shape), (self._stored or {}).get("image_embeds")
+            if len(shape) != 2 or 0 in shape or before not in (None, shape):
+                expected = "[N, E]" if before is None else f"{list(before)} as in the samples before"
+                raise UserError(f"{where}: image_embeds are {list(shape)}, expected {expected}")
 
     def _begin_shard(self) -> None:
         self._path = self.folder / f"{self._prefix}-{self._num_shards:06d}.tar"
@@ -207,19 +227,22 @@ class ShardWriter:
             members = tar_members(self._temporary, written)
         num_bytes = self._temporary.stat().st_size
         publish(self._file, self._temporary, self._path)
+        stored = self._stored or {}
         keys, sizes, crc32 = (list(column) for column in zip(*self._rows, strict=True))
         record = ShardRecord(
             shard=self._path.name,
             tar_bytes=num_bytes,
             bucket=self._bucket,
             latent_shape=self.latent_shape,
-            has_latents=bool(self._has_latents),
+            has_latents="latents" in stored,
             embed_dim=self._embed_dim or 0,
             keys=keys,
             offsets=[members[key][TENSORS_SUFFIX].offset_data for key in keys],
             sizes=sizes,
             crc32=crc32,
-            has_noise=bool(self._has_noise),
+            has_noise="noise" in stored,
+            has_condition="condition_latents" in stored,
+            image_embeds=list(stored.get("image_embeds", ())),
         )
         write_durably(sidecar_path(self._path), json.dumps(record.to_json()).encode())
         self._file, self._rows, self._num_bytes, self._num_shards = None, [], 0, self._num_shards + 1

@@ -19,9 +19,10 @@ import torch
 
 from sgmd_dist.data.cache import ShardCache
 from sgmd_dist.data.digest import content_digest
-from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder, known_encoding
 from sgmd_dist.data.format import write_negative_prompt
 from sgmd_dist.data.index import ShardIndex, consolidate
+from sgmd_dist.data.record import Held
 from sgmd_dist.data.remote import redacted
 from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.data.world import World, write_world_shards
@@ -96,34 +97,39 @@ def check_sources(
         ShardIndex.open(sources, shard_cache(recipe)).negative_prompt()
 
 
-class _Held(NamedTuple):
+class _Kept(NamedTuple):
     """What all samples of a source have beside captions."""
 
     latents: bool
     pairs: bool
 
 
-def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Held:
+def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Kept:
     """Raise for what the source lacks."""
+    if source.startswith((WORLD, PROMPTS)) and model.image_input is not None:
+        raise UserError(
+            f"data.shards = '{source}': this is an image-to-video model, and there are no images to begin with; make"
+            " shards of videos with launch/prepare.py videos and this model's folder"
+        )
     if source.startswith(WORLD):
         _check_latents(source, "the world", _world(source).latent_shape, model)
-        _text_encoder_folder(recipe)
-        return _Held(latents=True, pairs=False)
+        _check_text_encoder(recipe, model)
+        return _Kept(latents=True, pairs=False)
     if source.startswith(PROMPTS):
         captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
-        _text_encoder_folder(recipe)
+        _check_text_encoder(recipe, model)
         if recipe.data.video is None:
             raise UserError(f"data.shards = '{source}': set data.video to num_frames, height and width of the videos")
-        return _Held(latents=False, pairs=False)
+        return _Kept(latents=False, pairs=False)
     index = ShardIndex.open(source, shard_cache(recipe))
     _check_fit(index, recipe, model)
-    return _Held(all(map(index.has_latents, index.buckets)), all(map(index.has_noise, index.buckets)))
+    return _Kept(all(map(index.has_latents, index.buckets)), all(map(index.has_noise, index.buckets)))
 
 
 def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
     if not source.startswith((WORLD, PROMPTS)):
         return source
-    encoder_folder = _text_encoder_folder(recipe)
+    encoder_folder = text_encoder_folder(recipe, f"data.shards = {_shown(recipe.data.shards)}")
     if source.startswith(WORLD):
         world, dtype = _world(source), torch.float32
         facts = [source, WORLD_SAMPLES, WORLD_SEED, repr(world)]
@@ -138,12 +144,12 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
         def write(to: Path, encoder: TextEncoder) -> None:
             write_prompt_shards(to, captions, encoder, shape)
 
-    facts.append(content_digest(encoder_folder / part for part in TEXT_PARTS))
+    facts += [content_digest(encoder_folder / part for part in TEXT_PARTS), repr(model.text_encoding)]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = Path(recipe.run.dir) / "cache" / f"{source.partition(':')[0]}-{digest}"
     if (folder / "index.json").exists():
         return folder
-    encoder = TextEncoder.from_pretrained(encoder_folder, dtype)
+    encoder = TextEncoder.from_pretrained(encoder_folder, dtype, encoding=model.text_encoding)
     aside = folder.with_name(f"{folder.name}.tmp")  # an interrupted attempt leaves it: begin anew
     if aside.exists():
         shutil.rmtree(aside)
@@ -218,13 +224,24 @@ def captions_in(file: str, said: str) -> list[str]:
     return captions
 
 
-def _text_encoder_folder(recipe: Recipe) -> Path:
+def _check_text_encoder(recipe: Recipe, model: VideoModel) -> None:
+    wanted_by = f"data.shards = {_shown(recipe.data.shards)}"
+    known_encoding(model.text_encoding, wanted_by)
+    text_encoder_folder(recipe, wanted_by)
+
+
+def text_encoder_folder(recipe: Recipe, wanted_by: str) -> Path:
+    """The folder of the recipe's text encoder.
+
+    Raises:
+        UserError: there is none; `wanted_by` says for what.
+    """
     key, folder = "data.text_encoder", recipe.data.text_encoder
     if folder is None:
         key, folder = "model.pretrained", recipe.model.pretrained
     if folder is None or not all((Path(folder) / part).is_dir() for part in TEXT_PARTS):
         raise UserError(
-            f"{key} = {folder!r}: data.shards = {_shown(recipe.data.shards)} needs a text encoder; set"
+            f"{key} = {folder!r}: {wanted_by} needs a text encoder; set"
             " data.text_encoder to a diffusers folder with text_encoder/ and tokenizer/"
         )
     return Path(folder)
@@ -244,6 +261,7 @@ def _check_fit(index: ShardIndex, recipe: Recipe, model: VideoModel) -> None:
         )
     for bucket in index.buckets:
         _check_latents(recipe.data.shards, f"bucket {bucket}", index.latent_shape(bucket), model)
+        _check_image(recipe.data.shards, f"bucket {bucket}", index.held(bucket), model)
 
 
 def _check_latents(shards: str | list[str], what: str, shape: LatentShape, model: VideoModel) -> None:
@@ -253,6 +271,23 @@ def _check_latents(shards: str | list[str], what: str, shape: LatentShape, model
         raise UserError(
             f"data.shards = {_shown(shards)}: {what} has latents {shape}; the model takes {smallest[0]} channels and"
             f" frames, height, width in multiples of {smallest[1:]}; use the model that the data are for, or other data"
+        )
+
+
+def _check_image(shards: str | list[str], what: str, held: Held, model: VideoModel) -> None:
+    image = model.image_input
+    if image is None:
+        return
+    said = f"data.shards = {_shown(shards)}: this is an image-to-video model and {what}"
+    if not held.condition:
+        raise UserError(
+            f"{said} holds no images to begin with (condition_latents); make shards of videos with launch/prepare.py"
+            " videos and this model's folder"
+        )
+    if image.embed_dim and held.image_embeds[1:] != (image.embed_dim,):
+        found = f"image_embeds {list(held.image_embeds)}" if held.image_embeds else "no image_embeds"
+        raise UserError(
+            f"{said} has {found}, expected [N, {image.embed_dim}]; prepare the videos with this model's image encoder"
         )
 
 

@@ -288,8 +288,8 @@ def batch_of(data: UnitData, index: ShardIndex, ids: Sequence[SampleId], negativ
     """
     num_read = len(data.errors)
     last = [min(row, num_read - 1) for row in range(len(ids))]
-    for tensor in (data.prompt_embeds, data.latents, data.noise):
-        if tensor is not None and num_read < len(ids):
+    for tensor in data.tensors.values():
+        if num_read < len(ids):
             tensor[num_read:] = tensor[num_read - 1]
     return Batch(
         ids=tuple(ids),
@@ -300,6 +300,8 @@ def batch_of(data: UnitData, index: ShardIndex, ids: Sequence[SampleId], negativ
         latents=data.latents,
         valid=torch.tensor([row < num_read and data.errors[row] is None for row in range(len(ids))]),
         noise=data.noise,
+        condition_latents=data.condition_latents,
+        image_embeds=data.image_embeds,
     )
 
 

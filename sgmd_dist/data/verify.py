@@ -255,9 +255,8 @@ def _differing_kinds(shards: list[_Shard]) -> list[Mistake]:
             if kind.embed_dim != first.embed_dim:
                 what = f"prompt_embeds have D={kind.embed_dim}, the first sample has D={first.embed_dim}"
                 mistakes.append(Mistake(shard.path, f"{what}; encode all with one text encoder", key))
-            ours, theirs = ((k.latent_shape, k.has_latents, k.has_noise) for k in (kind, known))
-            if ours != theirs:
-                what = f"bucket '{kind.bucket}' has (latent shape, latents, noise) {ours}, samples before {theirs}"
+            if kind._replace(embed_dim=0) != known._replace(embed_dim=0):
+                what = f"bucket '{kind.bucket}' has {KIND_IN_WORDS} {tuple(kind)}, samples before {tuple(known)}"
                 mistakes.append(Mistake(shard.path, f"{what}; give every kind its own bucket name", key))
         if len(shard.kinds) > 1:
             what = f"holds samples of {len(shard.kinds)} kinds; put samples of one kind into one shard"

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgmd_dist.models._wan_image import TEXT_TOKENS
 from sgmd_dist.models.base import SequenceAxis
-
-_TEXT_TOKENS = 512  # of image-to-video models, whose context begins with image tokens; as in diffusers
 
 Rotary = tuple[Tensor, Tensor, int]  # cos and sin `[1, c, 1, D]` of this rank's run, and the sequence's length L
 
@@ -93,13 +92,11 @@ class _Processor:
 
     def _over_context(self, attn: Any, q: Tensor, context: Tensor) -> Tensor:
         """Attention over the text, and over the image tokens before it where the model has projections for them."""
-        text = context if attn.add_k_proj is None else context[:, -_TEXT_TOKENS:]
+        text = context if attn.add_k_proj is None else context[:, -TEXT_TOKENS:]
         out = self._axis.cross_attention(q, *_keys_values(text, attn.to_k, attn.norm_k, attn.to_v, attn.heads))
         if attn.add_k_proj is None:
             return out
-        image = _keys_values(
-            context[:, :-_TEXT_TOKENS], attn.add_k_proj, attn.norm_added_k, attn.add_v_proj, attn.heads
-        )
+        image = _keys_values(context[:, :-TEXT_TOKENS], attn.add_k_proj, attn.norm_added_k, attn.add_v_proj, attn.heads)
         return out + self._axis.cross_attention(q, *image)
 
 

@@ -1,8 +1,8 @@
 """FLOPs and activation bytes of a Wan's pass on one rank, by formulas.
 
-Symbols: B samples, L tokens of a sample, c = ceil(L / ranks that share it), N = B c, T text tokens, D width, F width
-of the feed-forward layer, H heads, s bytes of a number in the compute dtype; M rows of modulations: B, or N where each
-token has its timestep.
+Symbols: B samples, L tokens of a sample, c = ceil(L / ranks that share it), N = B c, T text tokens, E tokens of image
+embeddings, D width, F width of the feed-forward layer, H heads, s bytes of a number in the compute dtype; M rows of
+modulations: B, or N where each token has its timestep.
 
 A block keeps for backward, in bytes (weights' gradient; in brackets what the input's gradient alone needs):
 
@@ -16,6 +16,13 @@ A block keeps for backward, in bytes (weights' gradient; in brackets what the in
     keys and values of the text                          (2 s + r) B T D   (2 s B T D)
     modulations and the two 1 + scale                    32 M D            (all)
 
+and with image embeddings
+
+    out over the image, its lse                          s N D + 4 H N     (all)
+    the sum of both outs                                 s N D             (none)
+    keys and values of the image                         (2 s + r) B E D   (2 s B E D)
+    text and image once more for each projection, B > 1  2 s B (T + E) D   (none)
+
 where r = s for a fused RMSNorm; torch's composite one on a CPU keeps its input and the normed product in float32: r = 8
 (4 for the input's gradient). In float32 the first norm's input is the block's input, which is counted as that, and
 without a norm before the text its float32 copy is missing. `tests/unit/planner` holds these against autograd.
@@ -28,6 +35,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from sgmd_dist.models._wan_image import NUM_EMBEDS, TEXT_TOKENS
 from sgmd_dist.models.base import ActivationBytes, Flops, PassCosts, PassShape
 
 # A flash-like kernel forms the scores again in its backward pass: 5 products of matrices for the forward's 2.
@@ -42,6 +50,7 @@ class _Sizes:
     L: int
     c: int
     T: int
+    E: int
     D: int
     F: int
     H: int
@@ -68,24 +77,25 @@ def pass_costs(config: Mapping[str, Any], shape: PassShape, *, per_token: bool, 
         B=shape.batch,
         L=length,
         c=run,
-        T=shape.text_tokens,
+        T=TEXT_TOKENS if config["image_dim"] else shape.text_tokens,
+        E=NUM_EMBEDS if config["image_dim"] else 0,
         D=heads * config["attention_head_dim"],
         F=config["ffn_dim"],
         H=heads,
         M=shape.batch * (run if per_token else 1),
         s=item_bytes,
     )
-    values_per_token = config["in_channels"] * prod(patch)
+    values_in, values_out = (config[name] * prod(patch) for name in ("in_channels", "out_channels"))
     return PassCosts(
         num_blocks=config["num_layers"],
         linear=_times(config["num_layers"], _linear(sizes)),
         self_attention=_times(
             config["num_layers"], _attention(_self_attention(sizes, shape, config["attention_head_dim"]))
         ),
-        cross_attention=_times(config["num_layers"], _attention(4.0 * sizes.N * sizes.T * sizes.D)),
-        rest=_rest(sizes, config["text_dim"], config["freq_dim"], values_per_token),
+        cross_attention=_times(config["num_layers"], _attention(4.0 * sizes.N * (sizes.T + sizes.E) * sizes.D)),
+        rest=_rest(sizes, config, values_in, values_out),
         activations=_activations(sizes, config, fused_norms=shape.fused_norms),
-        output_numbers=sizes.N * values_per_token,
+        output_numbers=sizes.N * values_out,
     )
 
 
@@ -94,9 +104,10 @@ def _times(count: int, flops: Flops) -> Flops:
 
 
 def _linear(z: _Sizes) -> Flops:
-    """Projections and feed-forward of a block; the text's keys and values are nothing to the input's gradient."""
+    """Projections and feed-forward of a block; the keys and values of text and image are nothing to the
+    input's gradient."""
     tokens = 2 * z.N * z.D * (6 * z.D + 2 * z.F)
-    text = 4 * z.B * z.T * z.D * z.D
+    text = 4 * z.B * (z.T + z.E) * z.D * z.D
     return Flops(tokens + text, tokens, 2 * (tokens + text))
 
 
@@ -110,12 +121,13 @@ def _self_attention(z: _Sizes, shape: PassShape, head_size: int) -> float:
     return 4.0 * z.B * queries * z.L * -(-z.H // shape.ulysses) * head_size
 
 
-def _rest(z: _Sizes, text_dim: int, freq_dim: int, values_per_token: int) -> Flops:
-    """Patch, time and text embedding, and the last projection. What is embedded takes no gradient itself."""
-    patch = 2 * z.N * values_per_token * z.D
-    first = 2 * z.M * freq_dim * z.D + 2 * z.B * z.T * text_dim * z.D
-    behind = 2 * z.M * 7 * z.D * z.D + 2 * z.B * z.T * z.D * z.D
-    last = patch
+def _rest(z: _Sizes, config: Mapping[str, Any], values_in: int, values_out: int) -> Flops:
+    """Embedding of patches, time, text and image, and the last projection. What is embedded takes no gradient itself,
+    but the image does behind its first norm."""
+    image_dim = config["image_dim"] or 0
+    patch, last = 2 * z.N * values_in * z.D, 2 * z.N * values_out * z.D
+    first = 2 * z.M * config["freq_dim"] * z.D + 2 * z.B * z.T * config["text_dim"] * z.D
+    behind = 2 * z.M * 7 * z.D * z.D + 2 * z.B * z.T * z.D * z.D + 2 * z.B * z.E * image_dim * (image_dim + z.D)
     return Flops(patch + first + behind + last, patch + last, patch + first + 2 * (behind + last))
 
 
@@ -126,6 +138,9 @@ def _activations(z: _Sizes, config: Mapping[str, Any], *, fused_norms: bool) -> 
     forward, backward = _transients(z)
     head = 4 * tokens + 8 * z.N + s * z.M * z.D  # the last norm's input in float32, its rows' statistics, 1 + scale
     embedded = s * z.M * (config["freq_dim"] + 4 * z.D) + s * z.B * z.T * (config["text_dim"] + 2 * z.D)
+    embedded += z.B * z.E * ((3 * s + 4 * is_mixed) * (config["image_dim"] or 0) + 4 * z.D + 16)
+    has_image = config["in_channels"] != config["out_channels"]
+    joined = s * z.N * config["in_channels"] * prod(config["patch_size"]) if has_image else 0  # latents, mask, image
     rotary = 8 * z.c * config["attention_head_dim"]
     return ActivationBytes(
         block_input=s * tokens,
@@ -134,9 +149,9 @@ def _activations(z: _Sizes, config: Mapping[str, Any], *, fused_norms: bool) -> 
         block_saved=_saved(z, is_mixed=is_mixed, normed_text=config["cross_attn_norm"], fused_norms=fused_norms),
         block_forward=forward,
         block_backward=backward,
-        shared=s * text + rotary,
+        shared=s * (text + z.B * z.E * z.D) + rotary,
         modulations=s * 6 * z.M * z.D,
-        rest_saved=(head, head + (4 + s) * tokens + embedded),
+        rest_saved=(head + joined, head + joined + (4 + s) * tokens + embedded),
     )
 
 
@@ -151,7 +166,12 @@ def _saved(z: _Sizes, *, is_mixed: bool, normed_text: bool, fused_norms: bool) -
     for_input = both + 3 * r_input * tokens + s * inner
     kept_text = r_weights * text + 4 * z.B * z.T
     for_weights = both + 3 * r_weights * tokens + 2 * s * inner + (12 + 4 * s) * tokens + kept_text
-    return for_input, for_weights
+    if not z.E:
+        return for_input, for_weights
+    image = z.B * z.E * z.D
+    of_image = s * tokens + 4 * z.N * z.H + 2 * s * image
+    copies = 2 * s * (text + image) if z.B > 1 else 0
+    return for_input + of_image, for_weights + of_image + s * tokens + r_weights * image + 4 * z.B * z.E + copies
 
 
 def _transients(z: _Sizes) -> tuple[int, tuple[int, int]]:

@@ -1,8 +1,7 @@
-"""The Wan family on diffusers' `WanTransformer3DModel`: 2.1 T2V 1.3B and 14B, 2.2 TI2V-5B and T2V-A14B."""
+"""The Wan family on diffusers' `WanTransformer3DModel`: 2.1 T2V and I2V, 2.2 TI2V-5B, T2V-A14B and I2V-A14B."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,28 +10,52 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from sgmd_dist import rng
+from sgmd_dist.conditions import Condition
 from sgmd_dist.errors import UserError
 from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
+from sgmd_dist.models._folder import checked, refuse_other
+from sgmd_dist.models._strides import num_latents
 from sgmd_dist.models._wan_attention import attach
 from sgmd_dist.models._wan_costs import pass_costs
 from sgmd_dist.models._wan_experts import WanExperts
 from sgmd_dist.models._wan_folder import read_folder
 from sgmd_dist.models._wan_fused import fuse
-from sgmd_dist.models.base import AttentionShape, LatentShape, PassCosts, PassShape, SequenceAxis
+from sgmd_dist.models._wan_image import TEXT_TOKENS, image_input_of, network_inputs, wrong_channels
+from sgmd_dist.models._wan_original import (
+    read_original,
+    read_original_adapter,
+    write_original,
+    write_original_adapter,
+)
+from sgmd_dist.models.base import (
+    MAX_SHARD_SIZE,
+    TEXT_ENCODING,
+    AttentionShape,
+    LatentShape,
+    PassCosts,
+    PassShape,
+    SchedulerCall,
+    SequenceAxis,
+    TextEncoding,
+)
 from sgmd_dist.recipe import ModelSection, wrong
 from sgmd_dist.recipe import Section as RecipeSection
 
+NETWORK = WanTransformer3DModel
+
 _VAE_TEMPORAL_STRIDE = 4
 _VAE_SPATIAL_STRIDE = {16: 8, 48: 16}  # latent channels -> pixels per latent: Wan2.1's VAE and Wan2.2's
+_IMAGE_LORA_TARGETS = ("add_k_proj", "add_v_proj")
 _LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # of both attentions
 
 
 class WanConfig(RecipeSection):
-    """Arguments of diffusers' `WanTransformer3DModel`."""
+    """Arguments of diffusers' `WanTransformer3DModel`. `out_channels` are the latents'; image-to-video networks have
+    2 `out_channels` + 4 `in_channels`, and those with an image encoder the two keys that end with `dim`."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = Field(12, ge=1)
@@ -46,6 +69,8 @@ class WanConfig(RecipeSection):
     cross_attn_norm: bool = True
     qk_norm: Literal["rms_norm_across_heads"] | None = "rms_norm_across_heads"
     eps: float = Field(1e-6, gt=0)
+    image_dim: int | None = Field(None, ge=1)
+    added_kv_proj_dim: int | None = Field(None, ge=1)
     rope_max_seq_len: int = Field(1024, ge=1)
 
     @field_validator("patch_size")
@@ -63,12 +88,9 @@ class WanConfig(RecipeSection):
         return attention_head_dim
 
     @model_validator(mode="after")
-    def _as_many_out_as_in(self) -> WanConfig:
-        if self.in_channels != self.out_channels:
-            raise wrong(
-                f"in_channels = {self.in_channels}, out_channels = {self.out_channels}: expected equal numbers: the"
-                " velocity has the shape of the latents"
-            )
+    def _known_channels(self) -> WanConfig:
+        if found := wrong_channels(self.model_dump()):
+            raise wrong(found)
         return self
 
 
@@ -105,15 +127,17 @@ def build(section: Section, pretrained: str | None, key: str) -> Wan | WanExpert
         if section.config is None:
             raise UserError(f"{key}: neither {key} nor model.config is set; give a diffusers folder or a config")
         wan = Wan(section.config.model_dump(), None, [], bool(section.expand_timesteps), dtype)
+        _check_text_tokens(wan, section)
         boundary = section.boundary_ratio
         return wan if boundary is None else WanExperts(wan, {}, boundary, wan.expand_timesteps)
     found = read_folder(Path(pretrained), key, section.boundary_ratio)
     expand = found.expand_timesteps if section.expand_timesteps is None else section.expand_timesteps
     where = f"{key} = '{pretrained}': {found.path / 'config.json'}"
-    checked = _checked(found.config, where)
+    values = checked(found.config, WanConfig, where)
     if section.config is not None and pretrained == section.pretrained:
-        _compare(checked, section.config.model_dump(), where)
-    wan = Wan({**found.config, **checked}, found.path, found.weight_files, expand, dtype)
+        refuse_other(values, section.config.model_dump(), where)
+    wan = Wan({**found.config, **values}, found.path, found.weight_files, expand, dtype)
+    _check_text_tokens(wan, section)
     if found.boundary_ratio is None:
         return wan
     files = {"high": found.weight_files, "low": found.low_noise_files}
@@ -132,30 +156,23 @@ def architecture(section: Section, pretrained: str | None, key: str) -> Wan | Wa
     return build(section, pretrained, key)
 
 
-def _compare(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
-    """Refuse a folder whose network is not the one that the recipe describes."""
-    for name, value in expected.items():
-        if found[name] != value:
-            raise UserError(
-                f"{where} has {name} = {json.dumps(found[name])}, expected model.config.{name} = {json.dumps(value)};"
-                " name the folder that is meant, or set model.config=null to take what it holds"
-            )
-
-
-def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The values that decide shapes, in their types."""
-    try:
-        return WanConfig(**{name: config[name] for name in WanConfig.model_fields}).model_dump()
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "values"
-        raise UserError(f"{where}: {name} = {first['input']!r}: {first['msg']}; download the file again") from None
+def _check_text_tokens(wan: Wan, section: Section) -> None:
+    image = wan.image_input
+    if image is not None and image.embed_dim and section.text_tokens > TEXT_TOKENS:
+        raise UserError(
+            f"model.text_tokens = {section.text_tokens}: expected at most {TEXT_TOKENS}: before so many tokens a"
+            " network with image embeddings expects those of the image; shorter texts are filled up with zeros"
+        )
 
 
 class Wan:
     """A Wan transformer's architecture and conventions; see `sgmd_dist.models.base.VideoModel`."""
 
     boundaries: tuple[float, ...] = ()
+    splits_sequences: bool = True
+    has_fused_blocks: bool = True
+    text_encoding: TextEncoding | None = TEXT_ENCODING
+    scheduler_call: SchedulerCall | None = "steps"
 
     def __init__(
         self,
@@ -170,6 +187,7 @@ class Wan:
         self._weight_files = weight_files
         self.expand_timesteps = expand_timesteps
         self.compute_dtype = compute_dtype
+        self.image_input = image_input_of(config)
 
     def build(self) -> nn.Module:
         return cast(nn.Module, WanTransformer3DModel.from_config(self.config))
@@ -187,7 +205,8 @@ class Wan:
         fuse(module)
 
     def lora_targets(self) -> tuple[str, ...]:
-        return _LORA_TARGETS
+        has_embeds = self.image_input is not None and self.image_input.embed_dim > 0
+        return _LORA_TARGETS + _IMAGE_LORA_TARGETS if has_embeds else _LORA_TARGETS
 
     def attention_shape(self) -> AttentionShape:
         config = self.config
@@ -226,14 +245,10 @@ class Wan:
         return {"": self._weight_files} if self._weight_files else {}
 
     def velocity(
-        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
+        self, module: nn.Module, latents: Tensor, sigma: Tensor, condition: Condition, level: float | None = None
     ) -> Tensor:
-        output = module(
-            hidden_states=latents.to(self.compute_dtype),
-            timestep=self._timestep(latents, sigma),
-            encoder_hidden_states=prompt_embeds.to(self.compute_dtype),
-            return_dict=False,
-        )[0]
+        inputs = network_inputs(self.image_input, latents.to(self.compute_dtype), condition)
+        output = module(**inputs, timestep=self._timestep(latents, sigma), return_dict=False)[0]
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def _timestep(self, latents: Tensor, sigma: Tensor) -> Tensor:
@@ -244,35 +259,37 @@ class Wan:
         return timestep[:, None].expand(-1, self.num_tokens(cast(LatentShape, tuple(latents.shape[1:]))))
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
-        channels, patch = self.config["in_channels"], self.config["patch_size"]
+        channels, patch = self.config["out_channels"], self.config["patch_size"]
         pixels = _VAE_SPATIAL_STRIDE.get(channels)
         frames = 1 if pixels is None else _VAE_TEMPORAL_STRIDE
         return (
             channels,
-            _num_latents("num_frames", num_frames, frames, patch[0], lone_first=True),
-            _num_latents("height", height, pixels or 1, patch[1]),
-            _num_latents("width", width, pixels or 1, patch[2]),
+            num_latents("num_frames", num_frames, frames, patch[0], lone_first=True),
+            num_latents("height", height, pixels or 1, patch[1]),
+            num_latents("width", width, pixels or 1, patch[2]),
         )
 
     def smallest_latents(self) -> LatentShape:
-        return (self.config["in_channels"], *self.config["patch_size"])
+        return (self.config["out_channels"], *self.config["patch_size"])
 
     def text_dim(self) -> int:
         return self.config["text_dim"]
 
-    def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+    def export(self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         with torch.device("meta"):
             module = cast(WanTransformer3DModel, self.build())
         module.load_state_dict(state_dict, assign=True)
-        module.save_pretrained(folder)
+        module.save_pretrained(folder, max_shard_size=max_shard_size)
 
     def read_export(self, folder: Path) -> dict[str, Tensor]:
         return cast(nn.Module, WanTransformer3DModel.from_pretrained(folder, local_files_only=True)).state_dict()
 
-    def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
-        self.export(state_dict, folder / "transformer")
+    def export_parts(
+        self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE
+    ) -> dict[str, Any]:
+        self.export(state_dict, folder / "transformer", max_shard_size)
         return {
-            "_class_name": "WanPipeline",
+            "_class_name": "WanPipeline" if self.image_input is None else "WanImageToVideoPipeline",
             "transformer": ["diffusers", "WanTransformer3DModel"],
             "transformer_2": [None, None],
             "boundary_ratio": None,
@@ -291,22 +308,14 @@ class Wan:
         found = WanLoraLoaderMixin.lora_state_dict(str(folder), use_safetensors=True, local_files_only=True)
         return {name.removeprefix("transformer."): tensor for name, tensor in cast(dict[str, Tensor], found).items()}
 
+    def export_original(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+        write_original(state_dict, folder / "model.safetensors")
 
-def _num_latents(name: str, size: int, stride: int, patch: int, *, lone_first: bool = False) -> int:
-    """How many latents `size` frames or pixels become, in whole patches.
+    def read_original(self, folder: Path) -> dict[str, Tensor]:
+        return read_original(folder / "model.safetensors")
 
-    Args:
-        name: the key in `data.video`.
-        stride: frames or pixels per latent.
-        lone_first: the first latent holds one frame only.
-    """
-    missing = stride - 1 if lone_first else 0
-    unit = stride * patch
-    count, rest = divmod(size + missing, unit)
-    if rest or count == 0:
-        form = f"{unit} n + {unit - missing}" if missing else f"a multiple of {unit}"
-        nearest = " or ".join(str(unit * n - missing) for n in (count, count + 1) if n)
-        raise UserError(
-            f"data.video.{name} = {size}: expected {form} (VAE stride {stride}, patch size {patch}); nearest: {nearest}"
-        )
-    return count * patch
+    def export_original_adapter(self, weights: dict[str, Tensor], folder: Path) -> None:
+        write_original_adapter(weights, folder / "lora.safetensors")
+
+    def read_original_adapter(self, folder: Path) -> dict[str, Tensor]:
+        return read_original_adapter(folder / "lora.safetensors")

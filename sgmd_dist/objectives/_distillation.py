@@ -143,7 +143,7 @@ class Distillation:
         self, roles: Roles, batch: Batch, state: StepState, x_g: Tensor, at: Renoised, update: int
     ) -> Losses:
         """The fake score's loss on generated samples `x_g`, which have no graph, renoised to `at`."""
-        velocity = roles["fake_score"](at.x_sigma, at.sigma, batch.prompt_embeds, at.level)
+        velocity = roles["fake_score"](at.x_sigma, at.sigma, batch.condition, at.level)
         loss = self.fake_loss(velocity, at.noise, x_g, state.step)
         return Losses(loss, {"fake_score/loss": loss.detach()})
 
@@ -239,7 +239,7 @@ class Distillation:
         update: int = 0,
     ) -> Tensor:
         exit_index = self.exit_index(state, purpose, update)
-        generator = guided(roles["generator"], batch.prompt_embeds, batch.negative_embeds, 1.0)
+        generator = guided(roles["generator"], batch.condition, batch.negative_embeds, 1.0)
         if self.section.rollout == "data":
             level = self.sigmas[exit_index]
             sigma = torch.full((batch.size,), level, device=noise.device)
@@ -296,7 +296,7 @@ class Distillation:
 
     def scores(self, roles: Roles, batch: Batch, state: StepState, at: Renoised) -> tuple[Tensor, Tensor]:
         """x0-predictions (fake, guided teacher) at `at.x_sigma`; see `teacher_x0`."""
-        fake = roles["fake_score"](at.x_sigma, at.sigma, batch.prompt_embeds, at.level)
+        fake = roles["fake_score"](at.x_sigma, at.sigma, batch.condition, at.level)
         return flow.x0_from_velocity(at.x_sigma, fake, at.sigma), self.teacher_x0(roles, batch, state, at)
 
     def teacher_x0(self, roles: Roles, batch: Batch, state: StepState, at: Renoised) -> Tensor:
@@ -318,7 +318,7 @@ class Distillation:
     def teacher_velocity(self, roles: Roles, batch: Batch, state: StepState) -> flow.Velocity:
         """The guided teacher as a function of (x, sigma, level)."""
         scale = self.section.guidance_scale.at(state.step)
-        return guided(roles["teacher"], batch.prompt_embeds, batch.negative_embeds, scale, self.section.guidance)
+        return guided(roles["teacher"], batch.condition, batch.negative_embeds, scale, self.section.guidance)
 
 
 @dataclass(frozen=True)

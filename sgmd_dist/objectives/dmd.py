@@ -78,7 +78,7 @@ class Dmd(Distillation):
     def _regression(self, roles: Roles, batch: Batch) -> Tensor:
         noise, x0_teacher = pairs_of(batch, self.needs_pairs)
         sigma = torch.ones(batch.size, device=noise.device)
-        velocity = roles["generator"](noise, sigma, batch.prompt_embeds, 1.0)
+        velocity = roles["generator"](noise, sigma, batch.condition, 1.0)
         return regression_loss(flow.x0_from_velocity(noise, velocity, sigma), x0_teacher)
 
     def _generator_passes(self, step: int) -> tuple[Passes, ...]:

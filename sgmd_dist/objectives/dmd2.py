@@ -23,6 +23,7 @@ from torch.nn.functional import softplus
 
 from sgmd_dist import flow
 from sgmd_dist.batch import Batch
+from sgmd_dist.conditions import joined
 from sgmd_dist.objectives._distillation import (
     NORMALIZER_EPS,
     Distillation,
@@ -123,7 +124,7 @@ class Dmd2(Distillation):
         with torch.set_grad_enabled(weight > 0):
             at = self.renoise([roles["fake_score"], roles["teacher"]], x_g, batch, state, "generator")
             if weight > 0:
-                velocity, logit = roles["fake_score"].judge(at.x_sigma, at.sigma, batch.prompt_embeds, at.level)
+                velocity, logit = roles["fake_score"].judge(at.x_sigma, at.sigma, batch.condition, at.level)
                 x0_fake = flow.x0_from_velocity(at.x_sigma, velocity, at.sigma)
                 x0_teacher = self.teacher_x0(roles, batch, state, at)
             else:
@@ -148,7 +149,7 @@ class Dmd2(Distillation):
         velocities, logits = roles["fake_score"].judge(
             torch.cat(inputs),
             at.sigma.repeat(len(inputs)),
-            batch.prompt_embeds.repeat(len(inputs), 1, 1),
+            joined([batch.condition] * len(inputs)),
             at.level,
             detached=not gan.trains_blocks,
         )

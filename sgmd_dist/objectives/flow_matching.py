@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sgmd_dist import flow, rng
 from sgmd_dist.batch import Batch
+from sgmd_dist.conditions import Condition, with_text
 from sgmd_dist.objectives.base import Losses, Passes, Phase, StepState, latents_of, per_sample_mean
 from sgmd_dist.recipe import ObjectiveSection
 from sgmd_dist.roles import Roles
@@ -59,7 +60,7 @@ class FlowMatching:
         lowest, highest = self._levels(generator.boundaries, state)
         u = rng.sample_uniform(seed, "flow/sigma", batch.ids, device=device)
         sigma = flow.shifted_sigma(u, self.section.sigma_shift, lowest, highest)
-        velocity = generator(flow.add_noise(x0, noise, sigma), sigma, self._captions(batch, seed), lowest)
+        velocity = generator(flow.add_noise(x0, noise, sigma), sigma, self._condition(batch, seed), lowest)
         loss = flow_matching_loss(velocity, x0, noise)
         return Losses(loss, {"generator/loss": loss.detach()})
 
@@ -71,7 +72,7 @@ class FlowMatching:
         drawn = flow.shift_sigma(u, self.section.sigma_shift)
         return next(levels for levels in pairwise((0.0, *boundaries, 1.0)) if drawn < levels[1] or levels[1] == 1)
 
-    def _captions(self, batch: Batch, seed: int) -> Tensor:
+    def _condition(self, batch: Batch, seed: int) -> Condition:
         u = rng.sample_uniform(seed, "flow/caption_dropout", batch.ids, device=batch.prompt_embeds.device)
         keep = (u >= self.section.caption_dropout)[:, None, None]
-        return torch.where(keep, batch.prompt_embeds, batch.negative_embeds)
+        return with_text(batch.condition, torch.where(keep, batch.prompt_embeds, batch.negative_embeds))

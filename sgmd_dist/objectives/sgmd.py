@@ -130,7 +130,7 @@ class Sgmd(Distillation):
         if weight == 0:
             return None
         target = self._diversity_target(roles, batch, state, noise)
-        velocity = roles["generator"](noise, torch.ones(batch.size, device=noise.device), batch.prompt_embeds, 1.0)
+        velocity = roles["generator"](noise, torch.ones(batch.size, device=noise.device), batch.condition, 1.0)
         return ExtraLoss(per_sample_mean((velocity - target) ** 2), weight, velocity)
 
     def extra_passes(self, step: int) -> tuple[Passes, ...]:

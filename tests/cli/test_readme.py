@@ -101,9 +101,10 @@ def test_a_second_call_with_more_steps_resumes_where_the_first_ended(journey: di
     assert yaml.safe_load((runs / "tiny_sgmd/recipe.yaml").read_text())["run"]["steps"] == 20
 
 
-def test_sampling_writes_one_video_per_prompt(journey: dict[str, Done], runs: Path) -> None:
-    assert sorted(path.name for path in (runs / "videos").iterdir()) == ["0000.gif", "0001.gif"]
-    with Image.open(runs / "videos/0001.gif") as picture:
+def test_sampling_writes_one_video_per_prompt_and_seed(journey: dict[str, Done], runs: Path) -> None:
+    names = [f"{number:04d}-seed-{seed}.gif" for number in (0, 1) for seed in (0, 1)]
+    assert sorted(path.name for path in (runs / "videos").iterdir()) == [*names, "sheet.png", "videos.json"]
+    with Image.open(runs / "videos/0001-seed-0.gif") as picture:
         assert picture.n_frames == 8
 
 

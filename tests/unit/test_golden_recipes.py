@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 
 from sgmd_dist import preflight
 from sgmd_dist.assemble import build_architecture, build_objective
+from sgmd_dist.data.format import write_negative_prompt
+from sgmd_dist.data.index import consolidate
+from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.flow import reaches
 from sgmd_dist.objectives._distillation import Distillation
 from sgmd_dist.objectives.base import StepState
@@ -108,6 +112,15 @@ def test_the_models_of_the_released_recipes_have_their_published_number_of_param
     assert sum(p.numel() for p in module.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+@pytest.mark.parametrize("name, millions", [("sgmd_wan2.1_i2v_14b", 16394.9), ("sgmd_wan2.2_i2v_a14b", 2 * 14288.9)])
+def test_image_to_video_adds_channels_and_embeddings(name: str, millions: float):
+    """20 more channels before the first layer; for Wan2.1 a projector of embeddings, keys and values of the image."""
+    with torch.device("meta"):
+        module = build_architecture(load_recipe(by_name(name)), "teacher").build()
+    assert sum(p.numel() for p in module.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert build_architecture(load_recipe(by_name(name)), "generator").latent_shape(81, 480, 832) == LATENTS["sgmd"]
+
+
 def test_the_diversity_term_of_the_small_recipe_walks_5_of_30_teacher_steps():
     diversity = load_recipe(by_name("sgmd_wan2.1_1.3b")).resolved()["objective"]["diversity"]
     assert diversity == {"weight": 0.05, "steps": 5, "total_steps": 30}
@@ -149,11 +162,27 @@ def test_the_prompts_are_64_different_lines():
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `--check` wants it: a tiny Wan transformer, a second one for a recipe with a boundary between two,
     and the text encoder of the tiny recipes."""
+    return _tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline", in_channels=3)
+
+
+@pytest.fixture(scope="module")
+def tiny_image_words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The same for image to video, and shards with images, as words of a command line."""
+    folder = tmp_path_factory.mktemp("tiny_image")
+    pipeline = _tiny_pipeline(folder / "pipeline", in_channels=10, image_dim=10, added_kv_proj_dim=24)
+    with ShardWriter(folder / "shards", latent_shape=(3, 2, 4, 4), bucket="images") as writer:
+        image = {"condition_latents": torch.zeros(3, 2, 4, 4), "image_embeds": torch.zeros(5, 10)}
+        writer.add("one", torch.zeros(2, 32), "a caption", **image)
+    write_negative_prompt(folder / "shards", torch.zeros(1, 32))
+    consolidate(folder / "shards")
+    return [f"model.pretrained={pipeline}", "model.config=null", f"data.shards={folder / 'shards'}"]
+
+
+def _tiny_pipeline(folder: Path, **inputs: int) -> Path:
     from diffusers import WanTransformer3DModel
 
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     tiny = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1, "freq_dim": 16}
-    module = WanTransformer3DModel(in_channels=3, out_channels=3, text_dim=32, rope_max_seq_len=32, **tiny)
+    module = WanTransformer3DModel(out_channels=3, text_dim=32, rope_max_seq_len=32, **tiny, **inputs)
     for part in ("transformer", "transformer_2"):
         module.save_pretrained(folder / part)
     for part in ("text_encoder", "tokenizer"):
@@ -164,9 +193,16 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_shipped_recipe_passes_the_check_with_a_local_model_folder(
-    recipe: Path, world_size: int, tiny_pipeline: Path
+    recipe: Path, world_size: int, tiny_pipeline: Path, tiny_image_words: list[str], tmp_path: Path
 ):
-    made_first = ["data.shards=world:moving_shapes"] if recipe.stem == "tiny_videos" else []
-    loaded = load_recipe(recipe, [f"model.pretrained={tiny_pipeline}", "model.config=null", *made_first])
+    folder, family = tiny_pipeline, load_recipe(recipe).model.family
+    changed = ["data.shards=world:moving_shapes"] if recipe.stem == "tiny_videos" else []
+    if family in FAMILIES:
+        changed = ["model.text_tokens=5"]
+        folder = FAMILIES[family].save(tmp_path / "pipeline")
+        for part in ("text_encoder", "tokenizer"):
+            shutil.copytree(tiny_pipeline / part, folder / part)
+    of_text = [f"model.pretrained={folder}", "model.config=null", *changed]
+    loaded = load_recipe(recipe, tiny_image_words if "_i2v_" in recipe.stem else of_text)
     plan = preflight.check(loaded, loaded.layout(world_size))
     assert f"{loaded.run.steps} steps" in plan[0]

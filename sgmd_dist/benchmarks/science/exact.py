@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from sgmd_dist import rng
 from sgmd_dist.batch import Batch
 from sgmd_dist.benchmarks.science import scores
-from sgmd_dist.evaluation import sliced_wasserstein
-from sgmd_dist.models.base import LatentShape, RunnableModel
+from sgmd_dist.conditions import Condition, text_of
+from sgmd_dist.distances import energy_distance, sliced_wasserstein
+from sgmd_dist.models.base import ImageInput, LatentShape, RunnableModel
 from sgmd_dist.rng import SampleId
 from sgmd_dist.rollout import guided, sample
 
@@ -183,16 +184,17 @@ class ExactModel:
     """How roles run the two networks."""
 
     boundaries: tuple[float, ...] = ()
+    image_input: ImageInput | None = None
 
     def __init__(self, latent_shape: LatentShape, num_prompts: int) -> None:
         self._latent_shape = latent_shape
         self._num_prompts = num_prompts
 
     def velocity(
-        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
+        self, module: nn.Module, latents: Tensor, sigma: Tensor, condition: Condition, level: float | None = None
     ) -> Tensor:
         """Run `ExactNetwork` or `ExactTeacher`."""
-        return module(latents.float(), sigma, prompt_embeds)
+        return module(latents.float(), sigma, text_of(condition))
 
     def smallest_latents(self) -> LatentShape:
         """The world's own shape: a mixture has no other."""
@@ -264,8 +266,8 @@ class MixtureWorld:
             noise = rng.normal((count, *self.latent_shape), seed, f"{self.name}/teacher_samples")
             embeds, negative = self.prompts(count)
 
-            def exact(x: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float) -> Tensor:
-                return self.mixture.velocity(x.flatten(1), sigma, prompt_embeds).reshape(x.shape)
+            def exact(x: Tensor, sigma: Tensor, condition: Condition, level: float) -> Tensor:
+                return self.mixture.velocity(x.flatten(1), sigma, text_of(condition)).reshape(x.shape)
 
             velocity = guided(exact, embeds, negative, self.guidance_scale)
             self._teacher_samples[count, seed] = sample(velocity, noise, TEACHER_STEPS, TEACHER_SHIFT)
@@ -293,7 +295,7 @@ class MixtureWorld:
             precisions.append(scores.precision(found[1]))
         return {
             "swd": scores.root_mean_square([sliced_wasserstein(a, b) for a, b in pairs]),
-            "energy_distance": fmean(scores.energy_distance(a, b) for a, b in pairs),
+            "energy_distance": fmean(energy_distance(a, b) for a, b in pairs),
             "mode_coverage": fmean(coverages),
             "precision": fmean(precisions),
         }

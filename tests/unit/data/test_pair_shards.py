@@ -121,7 +121,7 @@ def test_the_writer_takes_noise_with_latents_for_all_or_for_none(tmp_path: Path,
 def test_a_bucket_holds_pairs_or_none(pairs: ShardIndex, tmp_path: Path, samples: SimpleNamespace) -> None:
     with ShardWriter(tmp_path / "pairs", latent_shape=SHAPE, bucket="pairs", prefix="z") as writer:
         writer.add("z", samples.embeds_of(0), "x", latents=samples.latents_of(0))
-    with pytest.raises(UserError, match=r"bucket 'pairs' .*noise: False.*noise: True.*its own bucket name"):
+    with pytest.raises(UserError, match=r"bucket 'pairs' has .* latents, in .* latents, noise; .*its own bucket name"):
         consolidate(tmp_path / "pairs")
 
 
@@ -249,7 +249,7 @@ def test_verify_finds_nothing_wrong_with_pairs(pairs: ShardIndex) -> None:
             "'noise' is [4, 2, 3, 5] beside 'latents' [4, 2, 3, 6]",
         ),
         (lambda t: {k: v for k, v in t.items() if k != "latents"}, "'noise' is [4, 2, 3, 6] beside no 'latents'"),
-        (lambda t: {k: v for k, v in t.items() if k != "noise"}, "True, 8, False), the index says"),
+        (lambda t: {k: v for k, v in t.items() if k != "noise"}, "True, 8, False, False, []), the index says"),
     ],
 )
 def test_verify_names_wrong_noise_by_shard_and_key(

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from sgmd_dist.data.examine import build_index
+from sgmd_dist.data.examine import KIND_IN_WORDS, build_index
 from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, CorruptSample, write_negative_prompt
 from sgmd_dist.data.index import ShardIndex, consolidate
 from sgmd_dist.data.stream import Stream
@@ -212,11 +212,11 @@ WRONG_CONTENT: dict[str, tuple[Callable[[Members], Members], str]] = {
     ),
     "shape": (
         changed(TENSORS, lambda t: {**t, "latents": torch.zeros(4, 2, 6, 3).bfloat16()}),
-        "(bucket, latent shape, latents, D, noise) is ('wide', [4, 2, 6, 3], True, 8, False), the index says",
+        f"{KIND_IN_WORDS} is ('wide', [4, 2, 6, 3], True, 8, False, False, []), the index says",
     ),
     "width": (
         changed(TENSORS, lambda t: {**t, "prompt_embeds": torch.zeros(2, 9).bfloat16()}),
-        "(bucket, latent shape, latents, D, noise) is ('wide', [4, 2, 3, 6], True, 9, False), the index says",
+        f"{KIND_IN_WORDS} is ('wide', [4, 2, 3, 6], True, 9, False, False, []), the index says",
     ),
     "dtype": (changed(TENSORS, lambda t: {**t, "latents": t["latents"].float()}), "'latents' is torch.float32"),
     "no embeds": (changed(TENSORS, lambda t: {"latents": t["latents"]}), "it has no 'prompt_embeds'"),
@@ -226,7 +226,7 @@ WRONG_CONTENT: dict[str, tuple[Callable[[Members], Members], str]] = {
     ),
     "bucket": (
         changed(JSON, lambda j: {**j, "bucket": "tall"}),
-        "(bucket, latent shape, latents, D, noise) is ('tall', [4, 2, 3, 6], True, 8, False), the index says ('wide'",
+        f"{KIND_IN_WORDS} is ('tall', [4, 2, 3, 6], True, 8, False, False, []), the index says ('wide'",
     ),
     "no bucket": (changed(JSON, lambda j: {"caption": "x"}), "its json has no text field 'bucket'"),
     "caption": (changed(JSON, lambda j: {**j, "caption": 3}), "its json has the caption 3, expected a text"),
@@ -283,18 +283,17 @@ def test_a_pickle_in_one_of_our_shards_is_never_unpickled(dataset: ShardIndex, t
     assert not (tmp_path / "executed").exists()
 
 
-def test_not_finite_latents_that_an_index_vouches_for_are_delivered(dataset: ShardIndex) -> None:
-    """No index of ours does: the writer and `build_index` refuse them, so training checks the crc32 alone."""
+def test_not_finite_latents_that_an_index_vouches_for_are_named_when_read(dataset: ShardIndex) -> None:
+    """No index of ours does: the writer and `build_index` refuse them."""
     path = dataset.paths[1]
     write_tar(path, sorted(WRONG_CONTENT["nan latents"][0](members_of(path)).items()))
     index_anew(dataset.folder)
-    with Stream(
-        ShardIndex.open(dataset.folder), seed=0, micro_batch_size=1, lanes=1, window=9, text_tokens=5
-    ) as stream:
-        batches = [stream.next() for _ in range(23)]
-    for batch in batches:
-        assert batch.latents is not None and bool(batch.valid.all())
-        assert bool(torch.isfinite(batch.latents).all()) == (batch.keys[0] != "s0007")
+    options: Any = {"seed": 0, "micro_batch_size": 1, "lanes": 1, "window": 9, "text_tokens": 5}
+    message = r"shard-000001\.tar: sample 's0007' at offset \d+: 'latents' holds values that are not finite"
+    with Stream(ShardIndex.open(dataset.folder), **options) as stream, pytest.raises(CorruptSample, match=message):
+        [stream.next() for _ in range(23)]
+    with Stream(ShardIndex.open(dataset.folder), on_error="skip", max_skips=1, **options) as stream:
+        assert [b.keys[0] for b in (stream.next() for _ in range(23)) if not b.valid.all()] == ["s0007"]
 
 
 @pytest.mark.parametrize("prefix, first", [("", "a.b"), ("./", "./s0005"), ("", "ä"), ("", "a b")])
@@ -332,7 +331,7 @@ def test_an_index_that_differs_from_the_tar_is_named_by_sample(dataset: ShardInd
         f"{name[1]}: sample 'other' at offset {dataset.offset[5]}: is in the index, but not in the tar",
         f"{name[2]}: has its samples in another order than the index",
         f"{name[3]}: sample 's0017' at offset {dataset.offset[17]}: is not in the index",
-        f"{name[4]}: sample 's0020' at offset {dataset.offset[20]}: (bucket, latent shape, latents, D, noise) is",
+        f"{name[4]}: sample 's0020' at offset {dataset.offset[20]}: {KIND_IN_WORDS} is",
     ):
         assert [line for line in lines if line.startswith(expected)], (expected, lines)
     assert len(lines) == 5 + 2 + 2 + 1 + 1 + 3
@@ -365,7 +364,7 @@ def test_kinds_and_negative_prompts_are_compared_over_all_data_sets(tmp_path: Pa
     write_negative_prompt(tmp_path / "b", torch.zeros(1, 9))
     lines = said(verify([str(tmp_path / "a"), str(tmp_path / "b")]))
     assert len(lines) == 3
-    assert "'s0010': bucket 'wide' has (latent shape, latents, noise) ([4, 2, 3, 6], False, False)" in lines[0]
+    assert f"'s0010': bucket 'wide' has {KIND_IN_WORDS} ('wide', [4, 2, 3, 6], False, 8, False, False, [])" in lines[0]
     assert "D=9, the shards have D=8" in lines[1] and "differs from" in lines[2]
 
 

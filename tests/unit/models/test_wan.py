@@ -28,7 +28,7 @@ def batch() -> dict[str, Tensor]:
     """Latents of 2 x 2 x 3 = 12 tokens for two samples, and 5 text tokens each."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 4, 2, 4, 6, generator=generator)
-    return {"latents": latents, "prompt_embeds": torch.randn(2, 5, 16, generator=generator)}
+    return {"latents": latents, "condition": torch.randn(2, 5, 16, generator=generator)}
 
 
 def section(**keys: Any) -> Section:
@@ -36,7 +36,7 @@ def section(**keys: Any) -> Section:
 
 
 def direct(wan: WanTransformer3DModel, batch: dict[str, Tensor], timestep: Tensor) -> Tensor:
-    return wan(batch["latents"], timestep, batch["prompt_embeds"], return_dict=False)[0]
+    return wan(batch["latents"], timestep, batch["condition"], return_dict=False)[0]
 
 
 def pipeline_timestep(latents: Tensor, t: Tensor) -> Tensor:
@@ -430,17 +430,20 @@ def test_a_folder_without_weights(transformer_folder: Path):
 @pytest.mark.parametrize(
     "changes, found",
     [
-        ({"image_dim": 1280, "added_kv_proj_dim": 5120}, "image_dim = 1280, added_kv_proj_dim = 5120"),
-        ({"in_channels": 36, "out_channels": 16}, "in_channels = 36 and out_channels = 16"),
+        (
+            {"in_channels": 8},
+            "in_channels = 8, out_channels = 4: expected equal numbers, or in_channels = 12 for image to",
+        ),
+        ({"image_dim": 10}, "image_dim = 10, added_kv_proj_dim = None, in_channels = 4: expected both or none"),
+        ({"pos_embed_seq_len": 514}, "pos_embed_seq_len = 514: a model of first and last frames"),
     ],
 )
-def test_an_image_to_video_model(transformer_folder: Path, changes: dict[str, int], found: str):
+def test_a_model_that_sees_something_else(transformer_folder: Path, changes: dict[str, int], found: str):
     path = transformer_folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert message(transformer_folder) == (
-        f"{KEY} = '{transformer_folder}': {path} has {found}: an image-to-video model; supported are Wan2.1 T2V,"
-        " Wan2.2 TI2V-5B and Wan2.2 T2V-A14B"
-    )
+    text = message(transformer_folder)
+    assert text.startswith(f"{KEY} = '{transformer_folder}': {path} has {found}")
+    assert text.endswith("supported are Wan2.1 T2V and I2V, Wan2.2 TI2V-5B and Wan2.2 T2V-A14B and I2V-A14B")
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json"])

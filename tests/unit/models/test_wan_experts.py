@@ -58,11 +58,11 @@ def pair(pair_folder: Path) -> tuple[WanExperts, nn.Module]:
 def batch() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 4, 2, 4, 6, generator=generator)
-    return {"latents": latents, "prompt_embeds": torch.randn(2, 5, 16, generator=generator)}
+    return {"latents": latents, "condition": torch.randn(2, 5, 16, generator=generator)}
 
 
 def direct(wan: WanTransformer3DModel, batch: dict[str, Tensor], sigma: Tensor) -> Tensor:
-    return wan(batch["latents"], 1000 * sigma, batch["prompt_embeds"], return_dict=False)[0]
+    return wan(batch["latents"], 1000 * sigma, batch["condition"], return_dict=False)[0]
 
 
 # Routing
@@ -119,11 +119,11 @@ def test_a_guided_chain_is_that_of_diffusers_pipeline(pair, experts, batch: dict
     pipeline.set_progress_bar_config(disable=True)
     negative = torch.zeros(1, 5, 16)
     expected = pipeline(
-        prompt_embeds=batch["prompt_embeds"], negative_prompt_embeds=negative.expand(2, -1, -1), guidance_scale=3.0,
+        prompt_embeds=batch["condition"], negative_prompt_embeds=negative.expand(2, -1, -1), guidance_scale=3.0,
         latents=batch["latents"], num_inference_steps=8, num_frames=5, height=32, width=48, output_type="latent",
     ).frames  # fmt: skip
     model, module = pair
-    velocity = guided(partial(model.velocity, module), batch["prompt_embeds"], negative, 3.0)
+    velocity = guided(partial(model.velocity, module), batch["condition"], negative, 3.0)
     torch.testing.assert_close(sample(velocity, batch["latents"], 8, 5.0), expected, rtol=1e-4, atol=1e-5)
 
 

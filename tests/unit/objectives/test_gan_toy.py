@@ -59,6 +59,7 @@ class PointModel:
     """What heads and roles ask of a `VideoModel`."""
 
     boundaries = ()
+    image_input = None
 
     def networks(self, module: nn.Module) -> list[nn.Module]:
         return [module]

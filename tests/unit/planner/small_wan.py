@@ -38,10 +38,13 @@ class Block:
         return self.module(*self.arguments)
 
 
-def small_wan(dtype: str, *, per_token: bool = False, ffn_dim: int = 112, cross_attn_norm: bool = True) -> Wan:
+def small_wan(
+    dtype: str, *, per_token: bool = False, ffn_dim: int = 112, cross_attn_norm: bool = True, **changes: int
+) -> Wan:
     config = {
         "num_attention_heads": 3, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 24,
         "freq_dim": 16, "ffn_dim": ffn_dim, "num_layers": 2, "rope_max_seq_len": 32, "cross_attn_norm": cross_attn_norm,
+        **changes,
     }  # fmt: skip
     section = Section.model_validate({"compute_dtype": dtype, "config": config, "expand_timesteps": per_token})
     return build(section, None, "model.pretrained")
@@ -58,7 +61,7 @@ def pass_shape(batch: int = 2, *, fused_norms: bool = False) -> PassShape:
     return PassShape(batch, LATENTS, TEXT_TOKENS, fused_norms=fused_norms)
 
 
-def block_of(model: Wan, gradient: Gradient, batch: int = 2) -> Block:
+def block_of(model: Wan, gradient: Gradient, batch: int = 2, context: int = TEXT_TOKENS) -> Block:
     torch.manual_seed(0)
     module = network(model).requires_grad_(gradient == "weights")
     width = model.config["num_attention_heads"] * model.config["attention_head_dim"]
@@ -70,7 +73,7 @@ def block_of(model: Wan, gradient: Gradient, batch: int = 2) -> Block:
     rows = (batch, length) if model.expand_timesteps else (batch,)
     arguments = (
         random(batch, length, width, requires_grad=gradient != "none"),
-        random(batch, TEXT_TOKENS, width, requires_grad=trained),
+        random(batch, context, width, requires_grad=trained),
         random(*rows, 6, width, requires_grad=trained),
         module.rope(torch.zeros(batch, *LATENTS)),
     )
