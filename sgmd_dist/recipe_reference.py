@@ -108,13 +108,15 @@ def reference() -> str:
 
 
 def undescribed() -> list[str]:
-    """Keys that no docstring and no entry of `PLAIN_KEYS` describes, as `## data: shards`. Those of `model.config` are
-    arguments of another library, and described there."""
-    found, heading = [], ""
+    """Keys that no docstring and no entry of `PLAIN_KEYS` describes, as `## data: shards`. Arguments of diffusers'
+    classes are described there."""
+    found, heading, elsewhere = [], "", False
     for line in reference().splitlines():
-        heading = line if line.startswith("#") else heading
+        if line.startswith("#"):
+            heading, elsewhere = line, False
+        elsewhere = elsewhere or "rguments of diffusers'" in line
         match = re.match(r"\| `(.+?)` \|.*\|  \|$", line)
-        if match and not heading.startswith("### model.config"):
+        if match and not elsewhere:
             found.append(f"{heading}: {match[1]}")
     return found
 

@@ -14,6 +14,9 @@ class SamplesSection(Section):
     """Videos of fixed prompts and seeds while training, in `run.dir`/samples: at the start, every `every` steps and at
     the end, by the generator's few steps, and by those of its moving average (`ema`). `prompts`: a file with one
     caption per line, or a list of captions. `teacher` adds, once, the guided teacher's in `teacher_steps`.
+
+    seeds: of the noise; each prompt is sampled with each.
+    formats, frames_per_second: of the files.
     """
 
     every: int = Field(default=250, ge=1)

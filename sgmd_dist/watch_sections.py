@@ -12,7 +12,9 @@ from sgmd_dist.section import Section, wrong
 class WandbSection(Section):
     """A run on Weights & Biases, as the arguments of `wandb.init`; its name is `run.name`, its config the recipe.
 
-    `offline` writes into `run.dir` alone, for `wandb sync`.
+    project, entity: whose the run is; without an entity your own.
+    group, tags: to find it by.
+    mode: `offline` writes into `run.dir` alone, for `wandb sync`.
     """
 
     project: str = "sgmd_dist"
@@ -45,7 +47,7 @@ class ProfileSection(Section):
 
 class LoggingSection(Section):
     """Where metrics go beside metrics.jsonl and the progress bar, and what is profiled. `wandb: null` reports to no
-    Weights & Biases.
+    Weights & Biases. `profile`: what torch's profiler records.
     """
 
     tensorboard: bool = True

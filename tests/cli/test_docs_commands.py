@@ -18,14 +18,15 @@ EVALUATE = "python launch/evaluate.py runs/tiny_videos/run --prompts runs/tiny_v
 FOLDERS = (
     "model.pretrained={runs}/tiny_videos/pipeline data.shards={runs}/tiny_videos/shards run.dir={runs}/tiny_videos/run"
 )
+SMALL = "data.global_batch_size=2 data.micro_batch_size=1"
 
 # What makes a command short, or keeps it below {runs}.
 SHORTER = {
-    "python launch/prepare.py world-videos runs/tiny_videos": "--num-samples 8",
+    "python launch/prepare.py world-videos runs/tiny_videos": "--num-samples 4",
     "python launch/train.py recipes/tiny_videos.yaml --check --world-size 2": FOLDERS,
     "python launch/plan.py recipes/tiny_videos.yaml --nodes 1 --gpus-per-node 2 --gpu-memory 80": FOLDERS,
-    KILLED: f"{FOLDERS} run.steps=1000 checkpoint.every=2",
-    TRAIN: f"{FOLDERS} run.steps=20",
+    KILLED: f"{FOLDERS} {SMALL} run.steps=1000 checkpoint.every=2",
+    TRAIN: f"{FOLDERS} {SMALL} run.steps=12",
     EVALUATE: "--teacher-steps 2",
 }
 Outcome = Done | dict[str, Any]  # of a command, or the names that a block of Python leaves
@@ -80,7 +81,7 @@ def test_the_killed_run_goes_on_where_it_was(outcomes: dict[str, dict[str, Outco
     assert isinstance(first, Done) and isinstance(second, Done)
     assert first.code == -9 and "resumed" not in first.output
     assert re.search(r"resumed .*step-\d+ at step \d+", second.output)
-    assert (runs / "tiny_videos/run/checkpoints/step-00000020").is_dir()
+    assert (runs / "tiny_videos/run/checkpoints/step-00000012").is_dir()
 
 
 def test_diffusers_makes_a_video_of_the_prompt_from_the_export(outcomes: dict[str, dict[str, Outcome]]) -> None:
