@@ -224,6 +224,7 @@ def prepare_index(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from sgmd_dist.data.index import consolidate, write_sidecars
+    from sgmd_dist.data.negative_prompt import write_where_missing
 
     folders = [Path(entry) for entry in args.shards if not entry.endswith(".tar")]
     tars = [Path(path) for entry in args.shards if entry.endswith(".tar") for path in braceexpand.braceexpand(entry)]
@@ -234,34 +235,13 @@ def prepare_index(args: argparse.Namespace) -> None:
             index = consolidate(folder, num_threads=args.threads, on_indexed=lambda _, bar=bar: bar.update())
         counts = ", ".join(f"{bucket} {(index.bucket == i).sum()}" for i, bucket in enumerate(index.buckets))
         print(f"{folder / 'index.json'}: {len(index.paths)} shards, {index.num_samples} samples by bucket: {counts}")
-        _write_missing_negative_prompt(folder, index.embed_dim, args)
+        said = write_where_missing(folder, index.embed_dim, args.negative_prompt_from, args.text_encoder)
+        if said is not None:
+            print(said)
     if tars:
         with tqdm(total=len(tars), unit="shard", desc="index", disable=None) as bar:
             records = write_sidecars(tars, num_threads=args.threads, on_indexed=lambda _: bar.update())
         print(f"{len(records)} shards indexed, {sum(len(record.keys) for record in records)} samples")
-
-
-def _write_missing_negative_prompt(folder: Path, embed_dim: int, args: argparse.Namespace) -> None:
-    from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
-    from sgmd_dist.data.foreign import read_negative_embeds
-    from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, write_negative_prompt
-
-    path = folder / NEGATIVE_PROMPT_NAME
-    if path.exists():
-        return
-    if args.negative_prompt_from is not None:
-        said = f"--negative-prompt-from {args.negative_prompt_from}"
-        embeds = read_negative_embeds(args.negative_prompt_from)
-    elif args.text_encoder is not None:
-        encoder = TextEncoder.from_pretrained(args.text_encoder)
-        said, embeds = f"--text-encoder {args.text_encoder}", encoder.encode([NEGATIVE_PROMPT])[0]
-    else:
-        print(f"{path}: missing, training needs it; call again with --negative-prompt-from or --text-encoder")
-        return
-    if embeds.shape[1] != embed_dim:
-        raise UserError(f"{said}: is {embeds.shape[1]} wide, the shards' prompt_embeds {embed_dim}; take theirs")
-    write_negative_prompt(folder, embeds)
-    print(f"{path}: written")
 
 
 def _add_index(commands: Any) -> None:
