@@ -192,7 +192,7 @@ def test_what_takes_text_alone_refuses_the_model(
     recipe = tiny_recipe(f"model.pretrained={image_pipeline}", "model.config=null")
     with pytest.raises(UserError, match="prompts alone say nothing of the image"):
         encode_prompts(recipe, ["a red ball"])
-    with pytest.raises(UserError, match="needs images beside captions; make its shards with"):
+    with pytest.raises(UserError, match=r"needs images beside captions; make its shards with launch/prepare.py videos"):
         transformer_latents(image_pipeline, BUCKETS[0], "--video 9 32 48")
     mesh: Any = None  # refused before ranks meet
     with pytest.raises(UserError, match="pairs are made by text-to-video teachers"):
