@@ -78,7 +78,13 @@ def prepare_prompts(args: argparse.Namespace) -> int:
 
     from sgmd_dist.data.encode import TextEncoder
     from sgmd_dist.data.manifest import read_captions
-    from sgmd_dist.data.row_encoders import CaptionRows, fingerprint, pretrained_fingerprint, transformer_latents
+    from sgmd_dist.data.row_encoders import (
+        CaptionRows,
+        fingerprint,
+        pretrained_fingerprint,
+        text_encoding_of,
+        transformer_latents,
+    )
     from sgmd_dist.data.video import Bucket
 
     rows = read_captions(args.source, args.split)
@@ -93,7 +99,11 @@ def prepare_prompts(args: argparse.Namespace) -> int:
 
     def load(device: torch.device) -> RowEncoder:
         text_encoder = TextEncoder.from_pretrained(
-            args.pretrained, getattr(torch, args.text_dtype), device=device, max_tokens=args.max_tokens
+            args.pretrained,
+            getattr(torch, args.text_dtype),
+            device=device,
+            max_tokens=args.max_tokens,
+            encoding=text_encoding_of(args.pretrained),
         )
         return CaptionRows(
             text_encoder, latent_shape, negative_prompt=args.negative_prompt, captions_at_once=args.text_batch
@@ -161,6 +171,22 @@ def prepare_world(args: argparse.Namespace) -> None:
     encoder = TextEncoder.from_pretrained(args.text_encoder)
     write_world_shards(args.out, World(), encoder, num_samples=args.num_samples, seed=args.seed)
     print(f"{args.out}: {args.num_samples} videos of the moving-shapes world")
+
+
+def prepare_world_videos(args: argparse.Namespace) -> None:
+    from sgmd_dist.data.world import World
+    from sgmd_dist.data.world_videos import world_video, write_world_pipeline
+    from sgmd_dist.decode import write_video
+
+    clips, pipeline = args.out / "clips", args.out / "pipeline"
+    samples = [World().sample(0, number) for number in range(args.num_samples)]
+    for number, sample in enumerate(samples):
+        write_video(clips / f"{number:06d}.mp4", world_video(sample.latents))
+        (clips / f"{number:06d}.txt").write_text(f"{sample.caption}\n", encoding="utf-8")
+    captions = "\n".join(dict.fromkeys(sample.caption for sample in samples))
+    (args.out / "prompts.txt").write_text(f"{captions}\n", encoding="utf-8")
+    write_world_pipeline(pipeline, args.pretrained)
+    print(f"{clips}: {args.num_samples} videos with captions\n{pipeline}: a pipeline for them")
 
 
 def prepare_text_encoder(args: argparse.Namespace) -> None:
@@ -266,11 +292,14 @@ def frames_per_second(text: str) -> Fraction:
 @reports_user_errors
 def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="videos|prompts|pairs|world|text-encoder|index|verify")
+    commands = parser.add_subparsers(
+        required=True, metavar="videos|prompts|pairs|world|world-videos|text-encoder|index|verify"
+    )
     _add_videos(commands)
     _add_prompts(commands)
     _add_pairs(commands)
     _add_world(commands)
+    _add_world_videos(commands)
     _add_text_encoder(commands)
     _add_index(commands)
     _add_verify(commands)
@@ -334,7 +363,7 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pretrained", type=Path, required=True, help="local diffusers folder of the pipeline")
     command.add_argument("--split", help="take the rows of this split")
     command.add_argument("--negative-prompt", default="", metavar="TEXT", help="of guidance; default: none")
-    command.add_argument("--max-tokens", type=positive_int, default=512, help="of a caption; default: 512, Wan's")
+    command.add_argument("--max-tokens", type=positive_int, help="of a caption; default: the model family's")
     command.add_argument("--text-dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     command.add_argument("--text-batch", type=positive_int, default=16, help="captions at once; default: 16")
     _add_shards(command)
@@ -361,6 +390,14 @@ def _add_world(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     world.add_argument("--seed", type=int, default=0)
     world.add_argument("--text-encoder", type=Path, default=Path("recipes/tiny_wan"), help="diffusers folder")
     world.set_defaults(run=prepare_world)
+
+
+def _add_world_videos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    videos = commands.add_parser("world-videos", help="the world as mp4 files with captions, and a pipeline")
+    videos.add_argument("out", type=Path, help="folder to write into")
+    videos.add_argument("--num-samples", type=positive_int, default=32, help="default: 32")
+    videos.add_argument("--pretrained", type=Path, default=Path("recipes/tiny_wan"), help="the world's teacher")
+    videos.set_defaults(run=prepare_world_videos)
 
 
 def _add_text_encoder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sgmd_dist import adapters, checkpoint, heads, registry
 from sgmd_dist.adapters import Lora, lora_from
 from sgmd_dist.errors import UserError
+from sgmd_dist.lowrank import LowRank, low_rank
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.objectives.base import Objective
 from sgmd_dist.parallel.apply import parallelize, share_streams
@@ -121,12 +122,13 @@ def plan_networks(
         model_of: `build_model`, or `build_architecture`.
 
     Raises:
-        UserError: a pretrained folder, an adapter or a head does not fit, or the offloaded teacher is an adapter's
-            base.
+        UserError: a pretrained folder, an adapter or a head does not fit, the family cannot do what the recipe asks, or
+            the offloaded teacher is an adapter's base.
     """
     plans: list[NetworkPlan] = []
     for name, is_trained in names.items():
         model = model_of(recipe, name)
+        _check_family(recipe, model)
         lora = lora_of(recipe, name, model)
         dtype = recipe.model.for_role(name if lora is None else "teacher").dtype or "float32"
         head = head_of(recipe, name, model)
@@ -143,6 +145,23 @@ def plan_networks(
                 " device; set it to false"
             )
     return plans
+
+
+def _check_family(recipe: Recipe, model: VideoModel) -> None:
+    """Refuse what the model's family cannot do: ranks that share a sequence, or prompts of another length."""
+    encoding, tokens = model.text_encoding, recipe.model.text_tokens
+    if encoding is not None and encoding.keeps_padding and tokens != encoding.max_tokens:
+        raise UserError(
+            f"model.text_tokens = {tokens}: expected {encoding.max_tokens}: the padding of prompts is a part of this"
+            " network's sequence"
+        )
+    for axis in ("ulysses", "ring"):
+        size = getattr(recipe.parallel, axis)
+        if size > 1 and not model.splits_sequences:
+            raise UserError(
+                f"parallel.{axis} = {size}: model.family = {recipe.model.family} has no sequence parallelism; set"
+                f" parallel.{axis} to 1: its ranks become data-parallel ones"
+            )
 
 
 def build_networks(recipe: Recipe, mesh: Mesh, names: Mapping[str, bool]) -> dict[str, tuple[nn.Module, VideoModel]]:
@@ -252,7 +271,7 @@ def model_of_checkpoint(path: Path, role: str = "generator") -> tuple[Recipe, Vi
 def load_weights(
     path: Path, which: Which, model: VideoModel, lora: Lora | None = None, head: HeadSection | None = None
 ) -> dict[str, Tensor]:
-    """Full float32 tensors of one network of a checkpoint, on the CPU, without a process group.
+    """Full float32 tensors of one network of a checkpoint, on the CPU, by this process alone.
 
     Args:
         lora: the role's adapter, whose tensors alone are in the checkpoint then, and in the result.
@@ -273,11 +292,11 @@ def load_weights(
     return {name: tensor for name, tensor in tensors.items() if name not in of_heads}
 
 
-def merge_adapter(model: VideoModel, weights: Mapping[str, Tensor], lora: Lora, seed: int) -> dict[str, Tensor]:
-    """Full float32 tensors of the model's base with the adapter `weights` added, on the CPU.
+def base_weights(model: VideoModel, seed: int) -> dict[str, Tensor]:
+    """Full float32 tensors of the model's pretrained files, on the CPU.
 
     Args:
-        seed: of the base's random weights, where the model has no files.
+        seed: of random weights, where the model has no files.
 
     Raises:
         UserError: the files do not fit the network.
@@ -286,7 +305,37 @@ def merge_adapter(model: VideoModel, weights: Mapping[str, Tensor], lora: Lora, 
         shapes = {name: p.shape for name, p in model.build().named_parameters()}
     base = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
     _fill_with_weights(base, model, seed)
-    return adapters.merged(base, weights, lora.scale)
+    return base
+
+
+def merge_adapter(model: VideoModel, weights: Mapping[str, Tensor], lora: Lora, seed: int) -> dict[str, Tensor]:
+    """`base_weights` with the adapter `weights` added."""
+    return adapters.merged(base_weights(model, seed), weights, lora.scale)
+
+
+def low_rank_adapter(
+    model: VideoModel, weights: Mapping[str, Tensor], rank: int, device: torch.device
+) -> tuple[Lora, LowRank]:
+    """The difference of trained `weights` from the pretrained ones as an adapter on every linear layer.
+
+    Raises:
+        UserError: there are no pretrained files, or no linear layer changed.
+    """
+    if not model.weight_files():
+        raise UserError(
+            f"--svd-rank {rank}: model.generator.pretrained and model.pretrained = null: the run began from random"
+            " weights, which nobody else has; leave out --svd-rank"
+        )
+    with torch.device("meta"):
+        module = model.build()
+    found = low_rank(weights, base_weights(model, 0), _linear_layers(module), rank, device)
+    if not found.energies:
+        raise UserError(f"--svd-rank {rank}: the weights are those that the run began from; nothing to export")
+    return Lora(rank, rank, tuple(_linear_layers(model.networks(module)[0]))), found
+
+
+def _linear_layers(module: nn.Module) -> list[str]:
+    return [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
 
 
 def load_network(

@@ -84,10 +84,11 @@ class Head(nn.Module):
         return linear(hidden, _wide(self.logit.weight), _wide(self.logit.bias)).flatten()
 
     @torch.compiler.disable
-    def _keep(self, place: int, block: nn.Module, args: Any, output: Tensor) -> None:
+    def _keep(self, place: int, block: nn.Module, args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         """Forward hook of a block; compiled blocks call it as it is."""
         if self.question is not None:
-            self.question.tokens[place] = output.detach() if self.question.detached else output
+            tokens = output[0] if isinstance(output, tuple) else output
+            self.question.tokens[place] = tokens.detach() if self.question.detached else tokens
 
     def _answer(self, network: nn.Module, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Forward hook of the network, whose output is a tuple with the velocity first."""

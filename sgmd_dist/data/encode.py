@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sgmd_dist.errors import UserError
+from sgmd_dist.models.base import TEXT_ENCODING, TextEncoding
 
 try:
     import ftfy
 except ImportError:  # optional in diffusers' Wan pipeline too, which cleans prompts with it where it is installed
     ftfy = None
 
-MAX_TOKENS = 512  # Wan's training length; diffusers' pipeline default
 TINY_MAX_TOKENS = 8
 NEGATIVE_PROMPT = ""  # the unconditional side of guidance
 _TINY_WIDTH = 32
@@ -32,10 +32,18 @@ _SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>"]  # their places are their ids, T5's
 class TextEncoder:
     """Tokenizer and text encoder of a diffusers folder (subfolders `tokenizer` and `text_encoder`)."""
 
-    def __init__(self, tokenizer: Any, encoder: transformers.PreTrainedModel, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        encoder: transformers.PreTrainedModel,
+        max_tokens: int,
+        encoding: TextEncoding = TEXT_ENCODING,
+    ) -> None:
+        """encoding: how the pipeline makes embeddings of a caption; its `max_tokens` is not read."""
         self.tokenizer = tokenizer
         self.encoder = encoder.eval().requires_grad_(False)
         self.max_tokens = max_tokens
+        self._encoding = encoding
 
     @classmethod
     def from_pretrained(
@@ -44,14 +52,16 @@ class TextEncoder:
         dtype: torch.dtype = torch.float32,
         *,
         device: torch.device | str = "cpu",
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int | None = None,
+        encoding: TextEncoding | None = TEXT_ENCODING,
     ) -> TextEncoder:
         """Load from local files only; the class comes from `architectures` in text_encoder/config.json.
 
-        Captions are cut at `max_tokens`, or at the tokenizer's own model_max_length where that is shorter.
-        Raises UserError naming what is missing or cannot be read.
+        Captions are cut at `max_tokens`, by default the encoding's, or at the tokenizer's own model_max_length where
+        that is shorter. Raises UserError naming what is missing or cannot be read, or that there is no `encoding`.
         """
         folder = Path(folder)
+        encoding = known_encoding(encoding, str(folder))
         config_path = folder / "text_encoder" / "config.json"
         for path in (config_path, folder / "tokenizer" / "tokenizer_config.json"):
             if not path.is_file():
@@ -74,7 +84,8 @@ class TextEncoder:
             raise UserError(
                 f"{folder / part}: transformers cannot read it ({why}); download the folder again"
             ) from error
-        return cls(tokenizer, encoder.to(device), min(max_tokens, tokenizer.model_max_length))
+        longest = min(max_tokens or encoding.max_tokens, tokenizer.model_max_length)
+        return cls(tokenizer, encoder.to(device), longest, encoding)
 
     @property
     def width(self) -> int:
@@ -83,21 +94,63 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], batch_size: int = 64) -> list[Tensor]:
-        """One `[n_tokens, D]` tensor per caption, in the encoder's dtype, on the CPU, without padding.
+        """One `[n_tokens, D]` tensor per caption, in the encoder's dtype, on the CPU.
 
-        The Wan pipeline's embeddings before it pads them with zeros: cleaned text, special tokens included, at
-        most `max_tokens` tokens, n_tokens = the attention mask's length.
+        The pipeline's embeddings: special tokens included, at most `max_tokens` tokens, without padding unless the
+        encoding keeps it.
         """
         embeds: list[Tensor] = []
         for start in range(0, len(captions), batch_size):
-            texts = [clean_caption(caption) for caption in captions[start : start + batch_size]]
-            tokens = self.tokenizer(
-                texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-            ).to(self.encoder.device)
-            hidden = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.cpu()
-            lengths = tokens.attention_mask.sum(dim=1).tolist()
-            embeds.extend(row[:length].clone() for row, length in zip(hidden, lengths, strict=True))
+            texts = captions[start : start + batch_size]
+            cleaned = [clean_caption(text) for text in texts] if self._encoding.is_cleaned else list(texts)
+            hidden, kept = self._encode(cleaned) if self._encoding.chat is None else self._hear(cleaned)
+            embeds.extend(row[keep].clone() for row, keep in zip(hidden.cpu(), kept.cpu(), strict=True))
         return embeds
+
+    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """The encoder's output `[B, n, D]`, and which of it are embeddings, `[B, n]` bool."""
+        how = self._encoding
+        padding = True if how.is_masked else "max_length"
+        tokens = self.tokenizer(
+            texts, padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.encoder.device)
+        mask = tokens.attention_mask
+        hidden = self.encoder(tokens.input_ids, mask if how.is_masked else None).last_hidden_state
+        return hidden, torch.ones_like(mask, dtype=torch.bool) if how.keeps_padding else mask.bool()
+
+    def _hear(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """As `_encode`, of a language model that is told the captions."""
+        chat = self._encoding.chat
+        assert chat is not None
+        said = [
+            [{"role": "system", "content": chat.system_message}, {"role": "user", "content": text or " "}]
+            for text in texts
+        ]
+        tokens = self.tokenizer.apply_chat_template(
+            said,
+            add_generation_prompt=True,
+            return_dict=True,
+            padding=True,
+            truncation=True,
+            max_length=self.max_tokens + chat.num_cropped,
+            return_tensors="pt",
+        ).to(self.encoder.device)
+        states = self.encoder(tokens.input_ids, tokens.attention_mask, output_hidden_states=True).hidden_states
+        return states[chat.layer][:, chat.num_cropped :], tokens.attention_mask[:, chat.num_cropped :].bool()
+
+
+def known_encoding(encoding: TextEncoding | None, said: str) -> TextEncoding:
+    """The encoding, where there is one.
+
+    Raises:
+        UserError: there is none; the message begins with `said`.
+    """
+    if encoding is None:
+        raise UserError(
+            f"{said}: captions of this model family are not encoded here; make shards with prompt embeddings elsewhere,"
+            " index them with python launch/prepare.py index, and name them in data.shards"
+        )
+    return encoding
 
 
 def clean_caption(caption: str) -> str:

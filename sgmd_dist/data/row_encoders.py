@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from sgmd_dist.autoencoder import Autoencoder
-from sgmd_dist.data.encode import MAX_TOKENS, NEGATIVE_PROMPT, TextEncoder
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.image_encoder import IMAGE_PARTS, ImageEncoder
 from sgmd_dist.data.manifest import Manifest, Row
 from sgmd_dist.data.preparation import Sample, Skipped
 from sgmd_dist.data.video import Bucket, Clip, UnreadableVideo, count_frames, nearest_bucket, probe, read_clip
 from sgmd_dist.errors import UserError
-from sgmd_dist.models.base import ImageInput, LatentShape, VideoModel
-from sgmd_dist.registry import MODELS, load
+from sgmd_dist.models.base import TEXT_ENCODING, ImageInput, LatentShape, TextEncoding, VideoModel
+from sgmd_dist.registry import MODELS, available, load
 
 _READ_AHEAD = 2  # decoded videos that wait; one of 81 x 480 x 832 takes 97 MB
 
@@ -79,7 +79,7 @@ class VideoRows:
         device: torch.device | str = "cpu",
         text_dtype: torch.dtype = torch.bfloat16,
         vae_dtype: torch.dtype = torch.float32,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int | None = None,
     ) -> VideoRows:
         """With the networks of a diffusers folder.
 
@@ -89,7 +89,9 @@ class VideoRows:
         """
         autoencoder = Autoencoder.load(pretrained / "vae", device, vae_dtype)
         image = _check_transformer(pretrained, {bucket: _latent_shape(autoencoder, bucket) for bucket in buckets})
-        text_encoder = TextEncoder.from_pretrained(pretrained, text_dtype, device=device, max_tokens=max_tokens)
+        text_encoder = TextEncoder.from_pretrained(
+            pretrained, text_dtype, device=device, max_tokens=max_tokens, encoding=text_encoding_of(pretrained)
+        )
         return cls(
             manifest,
             text_encoder,
@@ -191,7 +193,8 @@ def transformer_latents(pretrained: Path, video: Bucket, said: str) -> LatentSha
     """(C, F, H, W) of the latents that a diffusers folder's transformer has for videos like `video`.
 
     Raises:
-        UserError: the folder has no Wan transformer, or it takes no such videos, or captions alone do not suffice.
+        UserError: the folder has no transformer of a family here, it takes no such videos, or captions alone do not
+            suffice; the message begins with `said`.
     """
     model = _transformer(pretrained)
     if model.image_input is not None:
@@ -244,9 +247,24 @@ def image_settings(pretrained: Path) -> dict[str, Any]:
     return {"image_sha256": pretrained_fingerprint(pretrained, IMAGE_PARTS)}
 
 
+def text_encoding_of(pretrained: Path) -> TextEncoding | None:
+    """How the pipeline of a diffusers folder makes prompt embeddings, by its transformer."""
+    return _transformer(pretrained).text_encoding if (pretrained / "transformer").is_dir() else TEXT_ENCODING
+
+
 def _transformer(pretrained: Path) -> VideoModel:
-    family = load(MODELS, "wan")
-    return family.build(family.Section(family="wan"), str(pretrained), "--pretrained")
+    """The model of a diffusers folder, of the family whose network its config.json names."""
+    families = {name: load(MODELS, name) for name in available(MODELS)}
+    config = pretrained / "transformer" / "config.json"
+    try:
+        network = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--pretrained {pretrained}: {config} names no network ({error}); download it again") from None
+    for name, family in families.items():
+        if family.NETWORK.__name__ == network:
+            return family.build(family.Section(family=name), str(pretrained), "--pretrained")
+    known = ", ".join(family.NETWORK.__name__ for family in families.values())
+    raise UserError(f"--pretrained {pretrained}: {config} describes {network}, expected one of {known}")
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from sgmd_dist.data.cache import ShardCache
 from sgmd_dist.data.digest import content_digest
-from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder, known_encoding
 from sgmd_dist.data.format import write_negative_prompt
 from sgmd_dist.data.index import ShardIndex, consolidate
 from sgmd_dist.data.record import Held
@@ -113,11 +113,11 @@ def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Kept:
         )
     if source.startswith(WORLD):
         _check_latents(source, "the world", _world(source).latent_shape, model)
-        _text_encoder_folder(recipe)
+        _check_text_encoder(recipe, model)
         return _Kept(latents=True, pairs=False)
     if source.startswith(PROMPTS):
         captions_in(source.removeprefix(PROMPTS), f"data.shards = '{source}'")
-        _text_encoder_folder(recipe)
+        _check_text_encoder(recipe, model)
         if recipe.data.video is None:
             raise UserError(f"data.shards = '{source}': set data.video to num_frames, height and width of the videos")
         return _Kept(latents=False, pairs=False)
@@ -129,7 +129,7 @@ def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Kept:
 def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
     if not source.startswith((WORLD, PROMPTS)):
         return source
-    encoder_folder = _text_encoder_folder(recipe)
+    encoder_folder = text_encoder_folder(recipe, f"data.shards = {_shown(recipe.data.shards)}")
     if source.startswith(WORLD):
         world, dtype = _world(source), torch.float32
         facts = [source, WORLD_SAMPLES, WORLD_SEED, repr(world)]
@@ -144,12 +144,12 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
         def write(to: Path, encoder: TextEncoder) -> None:
             write_prompt_shards(to, captions, encoder, shape)
 
-    facts.append(content_digest(encoder_folder / part for part in TEXT_PARTS))
+    facts += [content_digest(encoder_folder / part for part in TEXT_PARTS), repr(model.text_encoding)]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = Path(recipe.run.dir) / "cache" / f"{source.partition(':')[0]}-{digest}"
     if (folder / "index.json").exists():
         return folder
-    encoder = TextEncoder.from_pretrained(encoder_folder, dtype)
+    encoder = TextEncoder.from_pretrained(encoder_folder, dtype, encoding=model.text_encoding)
     aside = folder.with_name(f"{folder.name}.tmp")  # an interrupted attempt leaves it: begin anew
     if aside.exists():
         shutil.rmtree(aside)
@@ -224,13 +224,24 @@ def captions_in(file: str, said: str) -> list[str]:
     return captions
 
 
-def _text_encoder_folder(recipe: Recipe) -> Path:
+def _check_text_encoder(recipe: Recipe, model: VideoModel) -> None:
+    wanted_by = f"data.shards = {_shown(recipe.data.shards)}"
+    known_encoding(model.text_encoding, wanted_by)
+    text_encoder_folder(recipe, wanted_by)
+
+
+def text_encoder_folder(recipe: Recipe, wanted_by: str) -> Path:
+    """The folder of the recipe's text encoder.
+
+    Raises:
+        UserError: there is none; `wanted_by` says for what.
+    """
     key, folder = "data.text_encoder", recipe.data.text_encoder
     if folder is None:
         key, folder = "model.pretrained", recipe.model.pretrained
     if folder is None or not all((Path(folder) / part).is_dir() for part in TEXT_PARTS):
         raise UserError(
-            f"{key} = {folder!r}: data.shards = {_shown(recipe.data.shards)} needs a text encoder; set"
+            f"{key} = {folder!r}: {wanted_by} needs a text encoder; set"
             " data.text_encoder to a diffusers folder with text_encoder/ and tokenizer/"
         )
     return Path(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 from diffusers import WanTransformer3DModel
 
 from sgmd_dist.errors import UserError
+from sgmd_dist.models._folder import read_config, read_object, transformer_folder, weight_files
 from sgmd_dist.models._wan_experts import FOLDERS, INDEX
 from sgmd_dist.models._wan_image import wrong_channels
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
 _SUPPORTED = "supported are Wan2.1 T2V and I2V, Wan2.2 TI2V-5B and Wan2.2 T2V-A14B and I2V-A14B"
 
 
@@ -48,17 +46,12 @@ def read_folder(pretrained: Path, key: str, boundary_ratio: float | None = None)
     Raises:
         UserError: something is missing or broken, or it is another kind of model.
     """
-    if not pretrained.is_dir():
-        raise UserError(
-            f"{key} = '{pretrained}': no such folder (working directory {Path.cwd()}); download the model's diffusers"
-            f" folder there, or set {key}=PATH"
-        )
-    folder = pretrained / FOLDERS["high"] if (pretrained / FOLDERS["high"]).is_dir() else pretrained
+    folder = transformer_folder(pretrained, key)
     where = f"{key} = '{pretrained}'"
     index = _pipeline_index(folder, where)
     boundary = _boundary(index, boundary_ratio, folder.parent / INDEX, where)
     if boundary is None:
-        return WanFolder(folder, _config(folder, where), _weight_files(folder, where), _expands(index, folder, where))
+        return WanFolder(folder, _config(folder, where), weight_files(folder, where), _expands(index, folder, where))
     high, low = (folder.parent / name for name in (FOLDERS["high"], FOLDERS["low"]))
     for part in (high, low):
         if not part.is_dir():
@@ -69,7 +62,7 @@ def read_folder(pretrained: Path, key: str, boundary_ratio: float | None = None)
             )
     config = _config(high, where)
     _refuse_different(config, _config(low, where), where)
-    files = _weight_files(high, where), _weight_files(low, where)
+    files = weight_files(high, where), weight_files(low, where)
     return WanFolder(high, config, files[0], _expands(index, high, where), boundary, files[1])
 
 
@@ -100,19 +93,9 @@ def _refuse_different(high: dict[str, Any], low: dict[str, Any], where: str) -> 
 
 
 def _config(folder: Path, where: str) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{where}: no {path}; expected a diffusers pipeline or transformer")
-    config = _read_object(path, where)
-    name = config.get("_class_name")
-    if name != WanTransformer3DModel.__name__:
-        raise UserError(f"{where}: {path} describes {name}, expected {WanTransformer3DModel.__name__}")
-    parameters = inspect.signature(WanTransformer3DModel.__init__).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}  # older files lack newer keys
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
-    merged = {**defaults, **given}
-    _refuse_other_inputs(merged, path, where)
-    return merged
+    config = read_config(folder, WanTransformer3DModel, where)
+    _refuse_other_inputs(config, folder / "config.json", where)
+    return config
 
 
 def _refuse_other_inputs(config: dict[str, Any], path: Path, where: str) -> None:
@@ -127,7 +110,7 @@ def _refuse_other_inputs(config: dict[str, Any], path: Path, where: str) -> None
 def _pipeline_index(folder: Path, where: str) -> dict[str, Any]:
     """What the pipeline of a transformer's folder says of itself; nothing without one."""
     path = folder.parent / INDEX
-    return _read_object(path, where) if path.exists() else {}
+    return read_object(path, where) if path.exists() else {}
 
 
 def _expands(index: dict[str, Any], folder: Path, where: str) -> bool:
@@ -136,40 +119,3 @@ def _expands(index: dict[str, Any], folder: Path, where: str) -> bool:
         path = folder.parent / INDEX
         raise UserError(f"{where}: {path} has expand_timesteps = {json.dumps(expand)}, expected true or false")
     return bool(expand)
-
-
-def _weight_files(folder: Path, where: str) -> list[Path]:
-    if (folder / _WEIGHTS_INDEX).exists():
-        return _indexed_files(folder / _WEIGHTS_INDEX, where)
-    if (folder / _WEIGHTS).exists():
-        return [folder / _WEIGHTS]
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        raise UserError(f"{where}: {folder} holds no *.safetensors weights; download them too")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise UserError(
-            f"{where}: {folder} holds {names}, and neither {_WEIGHTS} nor {_WEIGHTS_INDEX}; add the one that is meant"
-        )
-    return found
-
-
-def _indexed_files(index: Path, where: str) -> list[Path]:
-    weight_map = _read_object(index, where).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise UserError(f"{where}: {index} has no weight_map from tensors to files; download it again")
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise UserError(f"{where}: {index} names files that are not there: {', '.join(missing)}; download them too")
-    return files
-
-
-def _read_object(path: Path, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: {path} holds {json.dumps(content)[:80]}, expected a JSON object")
-    return content

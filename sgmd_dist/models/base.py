@@ -1,16 +1,17 @@
 """What a model family tells the rest of the project.
 
-A family's module defines `Section` (its part of a recipe) and `build(section, pretrained, key)`, which returns a
-`VideoModel`. The object holds no weights: it builds a network, names its parts, and feeds it. Its
-`architecture(section, pretrained, key)` returns the same also where the pretrained folder is not there and the section
-says what it would hold; such a `VideoModel` has no weight files.
+A family's module defines `NETWORK` (the diffusers class that its folders name), `Section` (its part of a recipe) and
+`build(section, pretrained, key)`, which returns a `VideoModel`. The object holds no weights: it builds a network, names
+its parts, and feeds it. Its `architecture(section, pretrained, key)` returns the same also where the pretrained folder
+is not there and the section says what it would hold; such a `VideoModel` has no weight files. A family on one diffusers
+transformer finds most of it written in `_diffusers`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,48 @@ from sgmd_dist.conditions import Condition
 
 LatentShape = tuple[int, int, int, int]  # (C, F, H, W) of one video's latents
 Gradient = Literal["none", "input", "weights"]  # what backward computes: nothing, the input's gradient, or the weights'
+MAX_SHARD_SIZE = "5GB"  # of a file of an exported folder
+
+# How a family's pipeline asks its scheduler: by a number of steps, or with times 1, 1 - 1/n, ... that it then shifts.
+SchedulerCall = Literal["steps", "sigmas"]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A caption as what a user says to a language model, whose hidden states are the embeddings.
+
+    Attributes:
+        system_message: what the model was told before.
+        num_cropped: tokens before the caption, whose states are left out.
+        layer: of the hidden states, counted from the end.
+    """
+
+    system_message: str
+    num_cropped: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """How a family's pipeline makes embeddings of a caption.
+
+    Attributes:
+        max_tokens: a caption is cut to so many.
+        is_masked: the encoder's attention leaves padding out. Otherwise captions are filled up to `max_tokens` and the
+            encoder attends to the padding.
+        keeps_padding: the embeddings of the padding are a part of the prompt's, as the network was trained with them.
+        is_cleaned: encoding mended, HTML entities resolved, single blanks.
+        chat: where the encoder is a language model.
+    """
+
+    max_tokens: int
+    is_masked: bool = True
+    keeps_padding: bool = False
+    is_cleaned: bool = True
+    chat: Chat | None = None
+
+
+TEXT_ENCODING = TextEncoding(512)  # Wan's, and that of folders without a transformer
 
 
 @dataclass(frozen=True)
@@ -196,12 +239,23 @@ class RunnableModel(Protocol):
 class VideoModel(RunnableModel, Protocol):
     """One network architecture with its conventions.
 
-    A network's output is a tuple with the velocity first, a block's output its tokens `[B, c, D]`: see
-    `sgmd_dist.heads`.
+    A network's output is a tuple with the velocity first, a block's output its tokens `[B, c, D]` or a tuple with them
+    first: see `sgmd_dist.heads`.
+
+    Attributes:
+        config: the network's constructor's arguments.
+        splits_sequences: whether `attach` takes an axis of several ranks.
+        has_fused_blocks: whether `fuse` may be called.
+        text_encoding: None where the project cannot make the family's prompt embeddings.
+        scheduler_call: None where no stock scheduler takes the sigmas of a training.
     """
 
     config: dict[str, Any]
     compute_dtype: torch.dtype
+    splits_sequences: bool
+    has_fused_blocks: bool
+    text_encoding: TextEncoding | None
+    scheduler_call: SchedulerCall | None
 
     def build(self) -> nn.Module:
         """The network, on the current default device (`torch.device("meta")` as a context builds it empty)."""
@@ -271,15 +325,21 @@ class VideoModel(RunnableModel, Protocol):
         """
         ...
 
-    def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:
-        """Write a full (unsharded) state dict as the family's diffusers folder."""
+    def export(self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+        """Write a full (unsharded) state dict as the family's diffusers folder, in the dtype of its tensors.
+
+        Args:
+            max_shard_size: larger networks are split into files of at most this size, as diffusers takes it: "5GB".
+        """
         ...
 
     def read_export(self, folder: Path) -> dict[str, Tensor]:
         """Load an exported folder with diffusers' own loader; returns its state dict."""
         ...
 
-    def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+    def export_parts(
+        self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE
+    ) -> dict[str, Any]:
         """Write parameters as the transformers of a pipeline's folder; returns the pipeline's class and what else its
         model_index.json says of them."""
         ...
@@ -298,4 +358,25 @@ class VideoModel(RunnableModel, Protocol):
 
     def read_adapter(self, folder: Path) -> dict[str, Tensor]:
         """Load an exported adapter with diffusers' own loader; returns its tensors by diffusers' names."""
+        ...
+
+
+@runtime_checkable
+class OriginalNames(Protocol):
+    """A `VideoModel` whose tensors also have the names of the model's first release, outside of diffusers."""
+
+    def export_original(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+        """Write parameters by those names, one safetensors file for each network."""
+        ...
+
+    def read_original(self, folder: Path) -> dict[str, Tensor]:
+        """Load such a folder by diffusers' own conversion; returns its parameters."""
+        ...
+
+    def export_original_adapter(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write an adapter's tensors by those names, one safetensors file for each network, alpha as the rank."""
+        ...
+
+    def read_original_adapter(self, folder: Path) -> dict[str, Tensor]:
+        """Load such a folder with diffusers' own loader; returns its tensors by diffusers' names."""
         ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,22 +10,42 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from sgmd_dist import rng
 from sgmd_dist.conditions import Condition
 from sgmd_dist.errors import UserError
 from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
+from sgmd_dist.models._folder import checked, refuse_other
+from sgmd_dist.models._strides import num_latents
 from sgmd_dist.models._wan_attention import attach
 from sgmd_dist.models._wan_costs import pass_costs
 from sgmd_dist.models._wan_experts import WanExperts
 from sgmd_dist.models._wan_folder import read_folder
 from sgmd_dist.models._wan_fused import fuse
 from sgmd_dist.models._wan_image import TEXT_TOKENS, image_input_of, network_inputs, wrong_channels
-from sgmd_dist.models.base import AttentionShape, LatentShape, PassCosts, PassShape, SequenceAxis
+from sgmd_dist.models._wan_original import (
+    read_original,
+    read_original_adapter,
+    write_original,
+    write_original_adapter,
+)
+from sgmd_dist.models.base import (
+    MAX_SHARD_SIZE,
+    TEXT_ENCODING,
+    AttentionShape,
+    LatentShape,
+    PassCosts,
+    PassShape,
+    SchedulerCall,
+    SequenceAxis,
+    TextEncoding,
+)
 from sgmd_dist.recipe import ModelSection, wrong
 from sgmd_dist.recipe import Section as RecipeSection
+
+NETWORK = WanTransformer3DModel
 
 _VAE_TEMPORAL_STRIDE = 4
 _VAE_SPATIAL_STRIDE = {16: 8, 48: 16}  # latent channels -> pixels per latent: Wan2.1's VAE and Wan2.2's
@@ -114,10 +133,10 @@ def build(section: Section, pretrained: str | None, key: str) -> Wan | WanExpert
     found = read_folder(Path(pretrained), key, section.boundary_ratio)
     expand = found.expand_timesteps if section.expand_timesteps is None else section.expand_timesteps
     where = f"{key} = '{pretrained}': {found.path / 'config.json'}"
-    checked = _checked(found.config, where)
+    values = checked(found.config, WanConfig, where)
     if section.config is not None and pretrained == section.pretrained:
-        _compare(checked, section.config.model_dump(), where)
-    wan = Wan({**found.config, **checked}, found.path, found.weight_files, expand, dtype)
+        refuse_other(values, section.config.model_dump(), where)
+    wan = Wan({**found.config, **values}, found.path, found.weight_files, expand, dtype)
     _check_text_tokens(wan, section)
     if found.boundary_ratio is None:
         return wan
@@ -146,30 +165,14 @@ def _check_text_tokens(wan: Wan, section: Section) -> None:
         )
 
 
-def _compare(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
-    """Refuse a folder whose network is not the one that the recipe describes."""
-    for name, value in expected.items():
-        if found[name] != value:
-            raise UserError(
-                f"{where} has {name} = {json.dumps(found[name])}, expected model.config.{name} = {json.dumps(value)};"
-                " name the folder that is meant, or set model.config=null to take what it holds"
-            )
-
-
-def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The values that decide shapes, in their types."""
-    try:
-        return WanConfig(**{name: config[name] for name in WanConfig.model_fields}).model_dump()
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "values"
-        raise UserError(f"{where}: {name} = {first['input']!r}: {first['msg']}; download the file again") from None
-
-
 class Wan:
     """A Wan transformer's architecture and conventions; see `sgmd_dist.models.base.VideoModel`."""
 
     boundaries: tuple[float, ...] = ()
+    splits_sequences: bool = True
+    has_fused_blocks: bool = True
+    text_encoding: TextEncoding | None = TEXT_ENCODING
+    scheduler_call: SchedulerCall | None = "steps"
 
     def __init__(
         self,
@@ -261,9 +264,9 @@ class Wan:
         frames = 1 if pixels is None else _VAE_TEMPORAL_STRIDE
         return (
             channels,
-            _num_latents("num_frames", num_frames, frames, patch[0], lone_first=True),
-            _num_latents("height", height, pixels or 1, patch[1]),
-            _num_latents("width", width, pixels or 1, patch[2]),
+            num_latents("num_frames", num_frames, frames, patch[0], lone_first=True),
+            num_latents("height", height, pixels or 1, patch[1]),
+            num_latents("width", width, pixels or 1, patch[2]),
         )
 
     def smallest_latents(self) -> LatentShape:
@@ -272,17 +275,19 @@ class Wan:
     def text_dim(self) -> int:
         return self.config["text_dim"]
 
-    def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+    def export(self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         with torch.device("meta"):
             module = cast(WanTransformer3DModel, self.build())
         module.load_state_dict(state_dict, assign=True)
-        module.save_pretrained(folder)
+        module.save_pretrained(folder, max_shard_size=max_shard_size)
 
     def read_export(self, folder: Path) -> dict[str, Tensor]:
         return cast(nn.Module, WanTransformer3DModel.from_pretrained(folder, local_files_only=True)).state_dict()
 
-    def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
-        self.export(state_dict, folder / "transformer")
+    def export_parts(
+        self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE
+    ) -> dict[str, Any]:
+        self.export(state_dict, folder / "transformer", max_shard_size)
         return {
             "_class_name": "WanPipeline" if self.image_input is None else "WanImageToVideoPipeline",
             "transformer": ["diffusers", "WanTransformer3DModel"],
@@ -303,22 +308,14 @@ class Wan:
         found = WanLoraLoaderMixin.lora_state_dict(str(folder), use_safetensors=True, local_files_only=True)
         return {name.removeprefix("transformer."): tensor for name, tensor in cast(dict[str, Tensor], found).items()}
 
+    def export_original(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+        write_original(state_dict, folder / "model.safetensors")
 
-def _num_latents(name: str, size: int, stride: int, patch: int, *, lone_first: bool = False) -> int:
-    """How many latents `size` frames or pixels become, in whole patches.
+    def read_original(self, folder: Path) -> dict[str, Tensor]:
+        return read_original(folder / "model.safetensors")
 
-    Args:
-        name: the key in `data.video`.
-        stride: frames or pixels per latent.
-        lone_first: the first latent holds one frame only.
-    """
-    missing = stride - 1 if lone_first else 0
-    unit = stride * patch
-    count, rest = divmod(size + missing, unit)
-    if rest or count == 0:
-        form = f"{unit} n + {unit - missing}" if missing else f"a multiple of {unit}"
-        nearest = " or ".join(str(unit * n - missing) for n in (count, count + 1) if n)
-        raise UserError(
-            f"data.video.{name} = {size}: expected {form} (VAE stride {stride}, patch size {patch}); nearest: {nearest}"
-        )
-    return count * patch
+    def export_original_adapter(self, weights: dict[str, Tensor], folder: Path) -> None:
+        write_original_adapter(weights, folder / "lora.safetensors")
+
+    def read_original_adapter(self, folder: Path) -> dict[str, Tensor]:
+        return read_original_adapter(folder / "lora.safetensors")

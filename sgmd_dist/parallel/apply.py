@@ -67,8 +67,9 @@ def parallelize(
     model.attach(module, axis)
     heads.attach(module, axis)
     if dispatch.fused(section.kernels, mesh.device.type, dispatch.triton_installed()):
-        model.fuse(module)
-        _log_once("blocks run fused Triton kernels")
+        if model.has_fused_blocks:
+            model.fuse(module)
+        _log_once(f"blocks run {'fused Triton kernels' if model.has_fused_blocks else 'unfused: the family has none'}")
     if section.compile:
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, _MAX_VARIANTS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 
 from sgmd_dist import preflight
 from sgmd_dist.assemble import build_architecture, build_objective
@@ -192,9 +193,16 @@ def _tiny_pipeline(folder: Path, **inputs: int) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_shipped_recipe_passes_the_check_with_a_local_model_folder(
-    recipe: Path, world_size: int, tiny_pipeline: Path, tiny_image_words: list[str]
+    recipe: Path, world_size: int, tiny_pipeline: Path, tiny_image_words: list[str], tmp_path: Path
 ):
-    of_text = [f"model.pretrained={tiny_pipeline}", "model.config=null"]
+    folder, family = tiny_pipeline, load_recipe(recipe).model.family
+    changed = ["data.shards=world:moving_shapes"] if recipe.stem == "tiny_videos" else []
+    if family in FAMILIES:
+        changed = ["model.text_tokens=5"]
+        folder = FAMILIES[family].save(tmp_path / "pipeline")
+        for part in ("text_encoder", "tokenizer"):
+            shutil.copytree(tiny_pipeline / part, folder / part)
+    of_text = [f"model.pretrained={folder}", "model.config=null", *changed]
     loaded = load_recipe(recipe, tiny_image_words if "_i2v_" in recipe.stem else of_text)
     plan = preflight.check(loaded, loaded.layout(world_size))
     assert f"{loaded.run.steps} steps" in plan[0]
