@@ -237,7 +237,8 @@ def _fill_as_planned(module: nn.Module, plan: NetworkPlan, seed: int) -> None:
 def _fill_with_weights(parameters: Mapping[str, Tensor], model: VideoModel, seed: int) -> Loaded | None:
     """Set a network's parameters from the model's files, or from `seed` where it has none: None then."""
     if files := model.weight_files():
-        return load_safetensors(parameters, files)
+        image = model.image_input
+        return load_safetensors(parameters, files, () if image is None else image.unused_tensors)
     fill(parameters, partial(model.initial_value, seed=seed))
     return None
 

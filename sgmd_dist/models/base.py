@@ -158,11 +158,13 @@ class PassCosts:
 class ImageInput:
     """What an image-to-video network takes beside the text: the image as latents, and in some its embeddings.
 
-    `num_embeds` embeddings of `embed_dim` numbers each; 0 where it takes none.
+    `num_embeds` embeddings of `embed_dim` numbers each; 0 where it takes none. `unused_tensors`: parts of the names of
+    tensors that published files hold beside those of the network, which has no use for them.
     """
 
     num_embeds: int = 0
     embed_dim: int = 0
+    unused_tensors: tuple[str, ...] = ()
 
 
 class SequenceAxis(Protocol):
