@@ -52,6 +52,7 @@ class DiffusersModel:
     vae_strides: ClassVar[Mapping[int, tuple[int, int]]]
 
     boundaries: tuple[float, ...] = ()
+    image_input: ImageInput | None = None
     text_encoding: TextEncoding | None = None
     image_input: ImageInput | None = None
     splits_sequences: bool = False

@@ -17,17 +17,12 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from sgmd_dist.models._masked_attention import masked_attention
-from sgmd_dist.models.base import SequenceAxis
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin `[L, D]`
 
 
-def attach(module: Any, axis: SequenceAxis) -> None:
-    """Give a `HunyuanVideo15Transformer3DModel` this forward pass, and every attention of its blocks a processor.
-
-    Called before the network is sharded, whose hooks wrap the forward that they find.
-    """
-    assert axis.size == 1, "splits_sequences is False"
+def replace_forward(module: Any) -> None:
+    """Give a `HunyuanVideo15Transformer3DModel` this forward pass, and every attention of its blocks a processor."""
     for block in module.transformer_blocks:
         block.attn.set_processor(_Processor())
     module.forward = functools.partial(_forward, module)

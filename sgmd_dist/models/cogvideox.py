@@ -18,6 +18,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
+from sgmd_dist.conditions import Condition, text_of
 from sgmd_dist.errors import UserError
 from sgmd_dist.models._cogvideox_attention import Rotary, attach
 from sgmd_dist.models._diffusers import DiffusersModel, build_architecture, build_model
@@ -154,12 +155,14 @@ class CogVideoX(DiffusersModel):
         return self.config["text_embed_dim"]
 
     def velocity(
-        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
+        self, module: nn.Module, latents: Tensor, sigma: Tensor, condition: Condition, level: float | None = None
     ) -> Tensor:
+        text = text_of(condition)
+
         def predict(z: Tensor, timestep: Tensor) -> Tensor:
             output = module(
                 hidden_states=z.to(self.compute_dtype).transpose(1, 2),
-                encoder_hidden_states=prompt_embeds.to(self.compute_dtype),
+                encoder_hidden_states=text.to(self.compute_dtype),
                 timestep=timestep,
                 image_rotary_emb=self._rotary(z),
                 return_dict=False,

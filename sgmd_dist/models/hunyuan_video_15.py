@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sgmd_dist import rng
+from sgmd_dist.conditions import Condition, text_of
 from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
 from sgmd_dist.models._diffusers import DiffusersModel, build_architecture, build_model
-from sgmd_dist.models._hunyuan_video_15_forward import attach
+from sgmd_dist.models._hunyuan_video_15_forward import replace_forward
 from sgmd_dist.models._text import text_mask
 from sgmd_dist.models.base import Chat, SequenceAxis, TextEncoding
 from sgmd_dist.recipe import ModelSection, wrong
@@ -108,8 +109,13 @@ class HunyuanVideo15(DiffusersModel):
     vae_strides = {32: (4, 16)}  # noqa: RUF012 (a constant)
     text_encoding = _text_encoding()
 
+    def build(self) -> nn.Module:
+        module = super().build()
+        replace_forward(module)
+        return module
+
     def attach(self, module: nn.Module, axis: SequenceAxis) -> None:
-        attach(module, axis)
+        assert axis.size == 1, "splits_sequences is False; attention with a mask is torch's own"
 
     def text_dim(self) -> int:
         return self.config["text_embed_dim"]
@@ -121,16 +127,17 @@ class HunyuanVideo15(DiffusersModel):
         return super().initial_value(name, shape, seed)
 
     def velocity(
-        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
+        self, module: nn.Module, latents: Tensor, sigma: Tensor, condition: Condition, level: float | None = None
     ) -> Tensor:
-        mask = text_mask(prompt_embeds)
+        text = text_of(condition)
+        mask = text_mask(text)
         nothing = ~mask.any(1, keepdim=True) & (torch.arange(mask.shape[1], device=mask.device) == 0)
         own = latents.to(self.compute_dtype)
-        condition = torch.zeros_like(own[:, :1]).expand(-1, self.config["out_channels"] + 1, -1, -1, -1)
+        no_image = torch.zeros_like(own[:, :1]).expand(-1, self.config["out_channels"] + 1, -1, -1, -1)
         output = module(
-            torch.cat([own, condition], 1),
+            torch.cat([own, no_image], 1),
             sigma.to(torch.float32) * NUM_TRAIN_TIMESTEPS,
-            prompt_embeds.to(self.compute_dtype),
+            text.to(self.compute_dtype),
             mask | nothing,  # its mean over the text would divide by zero
         )[0]
         return output.to(torch.promote_types(output.dtype, torch.float32))

@@ -14,11 +14,12 @@ from diffusers.loaders import LTXVideoLoraLoaderMixin
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from sgmd_dist.conditions import Condition, text_of
 from sgmd_dist.flow import NUM_TRAIN_TIMESTEPS
 from sgmd_dist.models._diffusers import DiffusersModel, build_architecture, build_model
 from sgmd_dist.models._ltx_attention import attach
 from sgmd_dist.models._text import text_mask
-from sgmd_dist.models.base import SequenceAxis, TextEncoding
+from sgmd_dist.models.base import SchedulerCall, SequenceAxis, TextEncoding
 from sgmd_dist.recipe import ModelSection, wrong
 from sgmd_dist.recipe import Section as RecipeSection
 
@@ -95,7 +96,7 @@ class Ltx(DiffusersModel):
     vae_strides = {128: (_TEMPORAL_STRIDE, _SPATIAL_STRIDE)}  # noqa: RUF012 (a constant)
     text_encoding = TextEncoding(_TEXT_TOKENS, is_masked=False, keeps_padding=False, is_cleaned=False)
     splits_sequences = True
-    scheduler_call = "sigmas"
+    scheduler_call: SchedulerCall | None = "sigmas"
 
     def attach(self, module: nn.Module, axis: SequenceAxis) -> None:
         attach(module, axis)
@@ -104,14 +105,14 @@ class Ltx(DiffusersModel):
         return self.config["caption_channels"]
 
     def velocity(
-        self, module: nn.Module, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, level: float | None = None
+        self, module: nn.Module, latents: Tensor, sigma: Tensor, condition: Condition, level: float | None = None
     ) -> Tensor:
-        _, _, frames, height, width = latents.shape
+        text, (frames, height, width) = text_of(condition), latents.shape[2:]
         output = module(
             hidden_states=latents.to(self.compute_dtype).flatten(2).mT,
-            encoder_hidden_states=prompt_embeds.to(self.compute_dtype),
+            encoder_hidden_states=text.to(self.compute_dtype),
             timestep=sigma.to(torch.float32) * NUM_TRAIN_TIMESTEPS,
-            encoder_attention_mask=text_mask(prompt_embeds),
+            encoder_attention_mask=text_mask(text),
             num_frames=frames,
             height=height,
             width=width,

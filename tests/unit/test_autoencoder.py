@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    LTXPipeline,
+)
 
 from sgmd_dist.autoencoder import Autoencoder
 from sgmd_dist.errors import UserError
@@ -63,3 +69,66 @@ def test_videos_that_it_does_not_take_are_named(
 ) -> None:
     with pytest.raises(UserError, match=message):
         Autoencoder.load(video_pipeline / "vae").latent_shape(*video)
+
+
+SMALL = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2}
+OTHERS = {
+    "cogvideox": (lambda: AutoencoderKLCogVideoX(**SMALL, scaling_factor=0.7), (9, 16, 24), (4, 3, 2, 3)),
+    "hunyuan": (
+        lambda: AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            spatial_compression_ratio=2,
+            temporal_compression_ratio=2,
+            scaling_factor=1.3,
+        ),
+        (5, 8, 12),
+        (4, 3, 4, 6),
+    ),
+    "ltx": (
+        lambda: AutoencoderKLLTXVideo(
+            latent_channels=4,
+            block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            down_block_types=("LTXVideoDownBlock3D",) * 2,
+            layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            spatio_temporal_scaling=(True, False),
+            decoder_spatio_temporal_scaling=(True, False),
+            decoder_inject_noise=(False,) * 3,
+            upsample_residual=(False,) * 2,
+            upsample_factor=(1,) * 2,
+            timestep_conditioning=True,
+            scaling_factor=1.5,
+        ),
+        (5, 16, 24),
+        (4, 3, 2, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_vaes_are_scaled_as_their_pipelines_do(name: str, tmp_path: Path) -> None:
+    make, video, shape = OTHERS[name]
+    torch.manual_seed(0)
+    vae = make().eval()
+    if name == "ltx":
+        vae.latents_mean.normal_()
+        vae.latents_std.uniform_(0.5, 2)
+    vae.save_pretrained(tmp_path / "vae")
+    autoencoder = Autoencoder.load(tmp_path / "vae")
+    rgb = pictures(*video)
+    latents = autoencoder.encode(rgb)
+    assert tuple(latents.shape) == autoencoder.latent_shape(*video) == shape
+    factor = vae.config.scaling_factor
+    with torch.no_grad():
+        z = vae.encode((rgb.float() / 127.5 - 1).permute(3, 0, 1, 2)[None]).latent_dist.mode()
+        if name == "ltx":
+            expected = LTXPipeline._normalize_latents(z, vae.latents_mean, vae.latents_std, factor)
+            decoded = vae.decode(z, torch.zeros(1)).sample
+        else:
+            expected, decoded = z * factor, vae.decode(z).sample
+    torch.testing.assert_close(latents, expected[0])
+    again = ((decoded[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
+    assert (autoencoder.decode(latents) - again).abs().max() < 0.51

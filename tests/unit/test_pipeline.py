@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import LTXPipeline, WanPipeline
+from tiny_families import FAMILIES, LATENTS
 from torch import Tensor
 
 from sgmd_dist import flow
@@ -23,6 +25,7 @@ from sgmd_dist.card import Origin
 from sgmd_dist.data.encode import TextEncoder
 from sgmd_dist.errors import UserError
 from sgmd_dist.export import Form
+from sgmd_dist.models import cogvideox, ltx
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.pipeline import export_pipeline, scheduler
 from sgmd_dist.recipe import Recipe
@@ -135,6 +138,36 @@ torch.save([type(pipe).__name__, *made], "{tmp_path}/made.pt")
     (encoded,) = TextEncoder.from_pretrained(tmp_path / "out").encode(["a red ball"])
     network = load_network(model, weights, torch.device("cpu"), 0)
     assert (latents - few_steps(network, noise, padded(encoded.float(), 8)[None])).abs().max() < 1e-5
+
+
+def test_ltx_video_s_stock_pipeline_gives_the_latents_of_our_sampler(origin: Origin, tmp_path: Path) -> None:
+    """Its pipeline hands the scheduler evenly spaced times; one without a VAE has the strides of the real one."""
+    family = FAMILIES["ltx"]
+    section = ltx.Section.model_validate({"compute_dtype": "float32", "config": family.config})
+    model, weights = ltx.build(section, None, "model.pretrained"), family.random().state_dict()
+    export_pipeline(weights, model, 4, 5.0, replace(origin, pretrained=None), tmp_path / "out")
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    pipe = LTXPipeline.from_pretrained(tmp_path / "out", local_files_only=True, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    noise, embeds = torch.randn(2, *LATENTS), torch.randn(2, 8, model.text_dim())
+    mask = torch.ones(2, 8)
+    mask[1, 5:] = embeds[1, 5:] = 0
+    found = pipe(
+        prompt_embeds=embeds, prompt_attention_mask=mask, latents=pipe._pack_latents(noise), num_frames=17, height=256,
+        width=256, num_inference_steps=4, guidance_scale=1.0, output_type="latent",
+    ).frames  # fmt: skip
+    network = load_network(model, weights, torch.device("cpu"), 0)
+    expected = sample(guided(network, embeds, embeds[:1], 1.0), noise, 4, 5.0)
+    assert (expected - noise).abs().max() > 0.1
+    assert (pipe._unpack_latents(found, *LATENTS[1:]) - expected).abs().max() < 2e-5
+
+
+def test_a_family_whose_schedulers_take_no_trained_sigmas_is_refused(origin: Origin, tmp_path: Path) -> None:
+    family = FAMILIES["cogvideox"]
+    section = cogvideox.Section.model_validate({"config": family.config, "text_tokens": 5})
+    model = cogvideox.build(section, None, "model.pretrained")
+    with pytest.raises(UserError, match="--pipeline: no scheduler of CogVideoX's diffusers pipeline takes the sigmas"):
+        export_pipeline(family.random().state_dict(), model, 4, 5.0, origin, tmp_path / "out")
 
 
 def test_it_makes_a_video_of_a_prompt(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sgmd_dist import adapters, registry
 from sgmd_dist.adapters import Lora
-from sgmd_dist.assemble import plan_networks
+from sgmd_dist.assemble import load_network, plan_networks
 from sgmd_dist.errors import UserError
 from sgmd_dist.export import export_adapter, export_diffusers
 from sgmd_dist.parallel.load import fill, load_safetensors
@@ -42,7 +42,7 @@ def batch(family: Family) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     text = torch.randn(2, 5, TEXT_WIDTH, generator=generator)
     text[1, 2:] = 0
-    return {"latents": torch.randn(2, *LATENTS, generator=generator), "prompt_embeds": text}
+    return {"latents": torch.randn(2, *LATENTS, generator=generator), "condition": text}
 
 
 def build(family: Family, place: Path | None, **keys: Any) -> Any:
@@ -68,7 +68,7 @@ def test_the_velocity_is_what_the_pipeline_computes(family: Family, folder: Path
     """For several samples at their own levels; the padding of a text changes nothing, or is what the pipeline has."""
     model = build(family, folder)
     velocity = model.velocity(loaded(model), sigma=SIGMA, **batch)
-    expected = family.velocity(family.random(), batch["latents"], SIGMA, batch["prompt_embeds"], LENGTHS)
+    expected = family.velocity(family.random(), batch["latents"], SIGMA, batch["condition"], LENGTHS)
     assert velocity.dtype == torch.float32 and velocity.shape == batch["latents"].shape
     torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=2e-5)
     assert expected.std() > 0.05
@@ -126,6 +126,15 @@ def test_a_bf16_network_computes_close_to_the_float32_one(
     velocity = half.velocity(nn.Module.to(loaded(half), torch.bfloat16), sigma=SIGMA, **batch)
     assert velocity.dtype == torch.float32
     assert (velocity - expected).norm() / expected.norm() < 0.03
+
+
+def test_an_unsharded_network_computes_the_same(family: Family, folder: Path, batch: dict[str, Tensor]) -> None:
+    """As samples and evaluations run it, without a sequence axis."""
+    model = build(family, folder)
+    network = load_network(model, None, torch.device("cpu"))
+    velocity = network(batch["latents"], SIGMA, batch["condition"], 0.9)
+    expected = model.velocity(loaded(model), sigma=SIGMA, **batch)
+    torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=2e-5)
 
 
 def test_gradients_reach_latents_and_parameters(family: Family, folder: Path, batch: dict[str, Tensor]) -> None:
