@@ -12,6 +12,7 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    HunyuanVideo15Transformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
 )
@@ -29,7 +30,7 @@ class Family:
     Attributes:
         velocity: what the family's pipeline computes, as a velocity `[B, C, F, H, W]` of latents at `sigma`, for text
             `[B, T, D]` of which `lengths` tokens count.
-        unused: parts of the network that text to video never reaches.
+        unused: beginnings of the names of parameters that the velocity of text to video does not depend on.
         scheduler: what a pipeline's folder must say of the family's noise levels.
         alone: keys of the `model` section that say it for a transformer's folder alone.
     """
@@ -38,7 +39,7 @@ class Family:
     network: Any
     config: dict[str, Any]
     velocity: Callable[[nn.Module, Tensor, Tensor, Tensor, list[int]], Tensor]
-    unused: frozenset[str] = frozenset()
+    unused: tuple[str, ...] = ()
     splits_sequences: bool = False
     scheduler: Any = None
     alone: Mapping[str, Any] = field(default_factory=dict)
@@ -134,4 +135,33 @@ COGVIDEOX = Family(
     alone={"noise_schedule": COGVIDEOX_SCHEDULER},
 )  # fmt: skip
 
-FAMILIES = {family.name: family for family in (LTX, COGVIDEOX)}
+
+def _hunyuan(module: nn.Module, x: Tensor, sigma: Tensor, text: Tensor, lengths: list[int]) -> Tensor:
+    """HunyuanVideo15Pipeline's loop body for prompts without quotes."""
+    batch, channels = x.shape[:2]
+    condition = torch.zeros(batch, channels + 1, *x.shape[2:])
+    return module(
+        hidden_states=torch.cat([x, condition], 1),
+        image_embeds=torch.zeros(batch, 7, module.config.image_embed_dim),
+        timestep=1000 * sigma,
+        encoder_hidden_states=text,
+        encoder_attention_mask=mask_of(text, lengths).float(),
+        encoder_hidden_states_2=torch.zeros(batch, 4, module.config.text_embed_2_dim),
+        encoder_attention_mask_2=torch.zeros(batch, 4),
+        return_dict=False,
+    )[0]
+
+
+HUNYUAN = Family(
+    "hunyuan_video_15",
+    HunyuanVideo15Transformer3DModel,
+    {
+        "in_channels": 7, "out_channels": 3, "num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 2,
+        "num_refiner_layers": 1, "text_embed_dim": TEXT_WIDTH, "text_embed_2_dim": 12, "image_embed_dim": 10,
+        "rope_axes_dim": (4, 6, 6),
+    },
+    _hunyuan,
+    unused=("image_embedder.", "context_embedder_2.", "transformer_blocks.1."),
+)  # fmt: skip
+
+FAMILIES = {family.name: family for family in (LTX, COGVIDEOX, HUNYUAN)}

@@ -99,21 +99,44 @@ class TextEncoder:
         The pipeline's embeddings: special tokens included, at most `max_tokens` tokens, without padding unless the
         encoding keeps it.
         """
-        how, embeds = self._encoding, []
+        embeds: list[Tensor] = []
         for start in range(0, len(captions), batch_size):
             texts = captions[start : start + batch_size]
-            tokens = self.tokenizer(
-                [clean_caption(text) for text in texts] if how.is_cleaned else list(texts),
-                padding=True if how.is_masked else "max_length",
-                truncation=True,
-                max_length=self.max_tokens,
-                return_tensors="pt",
-            ).to(self.encoder.device)
-            mask = tokens.attention_mask
-            hidden = self.encoder(tokens.input_ids, mask if how.is_masked else None).last_hidden_state.cpu()
-            lengths = [mask.shape[1]] * len(texts) if how.keeps_padding else mask.sum(dim=1).tolist()
-            embeds.extend(row[:length].clone() for row, length in zip(hidden, lengths, strict=True))
+            cleaned = [clean_caption(text) for text in texts] if self._encoding.is_cleaned else list(texts)
+            hidden, kept = self._encode(cleaned) if self._encoding.chat is None else self._hear(cleaned)
+            embeds.extend(row[keep].clone() for row, keep in zip(hidden.cpu(), kept.cpu(), strict=True))
         return embeds
+
+    def _encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """The encoder's output `[B, n, D]`, and which of it are embeddings, `[B, n]` bool."""
+        how = self._encoding
+        padding = True if how.is_masked else "max_length"
+        tokens = self.tokenizer(
+            texts, padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.encoder.device)
+        mask = tokens.attention_mask
+        hidden = self.encoder(tokens.input_ids, mask if how.is_masked else None).last_hidden_state
+        return hidden, torch.ones_like(mask, dtype=torch.bool) if how.keeps_padding else mask.bool()
+
+    def _hear(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """As `_encode`, of a language model that is told the captions."""
+        chat = self._encoding.chat
+        assert chat is not None
+        said = [
+            [{"role": "system", "content": chat.system_message}, {"role": "user", "content": text or " "}]
+            for text in texts
+        ]
+        tokens = self.tokenizer.apply_chat_template(
+            said,
+            add_generation_prompt=True,
+            return_dict=True,
+            padding=True,
+            truncation=True,
+            max_length=self.max_tokens + chat.num_cropped,
+            return_tensors="pt",
+        ).to(self.encoder.device)
+        states = self.encoder(tokens.input_ids, tokens.attention_mask, output_hidden_states=True).hidden_states
+        return states[chat.layer][:, chat.num_cropped :], tokens.attention_mask[:, chat.num_cropped :].bool()
 
 
 def known_encoding(encoding: TextEncoding | None, said: str) -> TextEncoding:

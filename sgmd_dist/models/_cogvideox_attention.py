@@ -52,7 +52,7 @@ class _Processor:
         return video, text
 
 
-def _turned(x: Tensor, rotary: Rotary, num_text: int) -> Tensor:
+def _turned(x: Tensor, rotary: Any, num_text: int) -> Tensor:
     text, video = x[:, :num_text], x[:, num_text:]
     turned: Any = apply_rotary_emb(video, rotary, sequence_dim=1)
     return torch.cat([text, turned], 1)

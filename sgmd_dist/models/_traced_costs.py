@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,12 +29,8 @@ from sgmd_kernels.attention import attention
 _ATTENTION_BACKWARD = 2.5  # a flash-like kernel forms the scores again: 5 products of matrices for the forward's 2
 _BLOCKS = 2  # all tokens of the second have a graph, also where only the latents need gradients
 _MASKED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_APART = (  # attention, which is counted by what is asked of it
-    torch.ops.sgmd_kernels.attention,
-    torch.ops.sgmd_kernels.attention_backward,
-    _MASKED,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
-)
+_MASKED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_BY_FORMULA = (torch.ops.sgmd_kernels.attention, torch.ops.sgmd_kernels.attention_backward)
 
 
 class Traceable(Protocol):
@@ -70,7 +67,7 @@ def _traced(model: Traceable, shape: PassShape) -> PassCosts:
         kept = of_input.block_kept(), of_weights.block_kept()
         return PassCosts(
             num_blocks=count,
-            linear=Flops(*(count * flops for flops in block)),
+            linear=Flops(*(count * (total - part) for total, part in zip(block, attended.masked, strict=True))),
             self_attention=_attention(count * attended.within),
             cross_attention=_attention(count * attended.across),
             rest=Flops(*(network - _BLOCKS * flops for network, flops in zip(whole, block, strict=True))),
@@ -141,21 +138,20 @@ class _Run:
 
     def attended(self) -> _Attended:
         """What the block's attention does."""
-        with FlopCounterMode(display=False, custom_mapping={_MASKED: _masked_flops}) as counter, torch.no_grad():
-            self._axis.reset()
+        self._axis.reset()
+        with _Masked() as masked, torch.no_grad():
             self._block()[1]()
-        masked = counter.get_flop_counts()["Global"].get(_MASKED, 0)
-        return _Attended(self._axis.flops, masked, self._axis.kept)
+        return _Attended(self._axis.flops, self._axis.kept, masked)
 
     def block_flops(self) -> float:
-        """Of matrix products: forward without a graph, else backward."""
+        """Forward without a graph, else backward, without what is counted by formula."""
         return self._flops(self._block()[1])
 
     def network_flops(self) -> float:
         return self._flops(self._network)
 
     def _flops(self, run: Any) -> float:
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounterMode(display=False, custom_mapping={_MASKED: _scores, _MASKED_BACKWARD: _scores_backward})
         if not self._has_graph:
             with counter, torch.no_grad():
                 run()
@@ -164,7 +160,7 @@ class _Run:
             with counter:
                 torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
         counts = counter.get_flop_counts().get("Global", {})
-        return float(sum(flops for operation, flops in counts.items() if operation not in _APART))
+        return float(sum(flops for operation, flops in counts.items() if operation not in _BY_FORMULA))
 
     def block_kept(self) -> tuple[int, int]:
         """Bytes that autograd keeps of the block: of its input, and besides."""
@@ -203,11 +199,36 @@ class _Run:
         return live.peak
 
 
-class _Attended:
-    """FLOPs of a block's attention over its own tokens and over others', and the bytes of the former's result."""
+class _Masked(TorchDispatchMode):
+    """Notes the FLOPs of torch's attention with a mask, of tokens over themselves and over others, and the bytes of the
+    former's result with its log-sum-exp."""
 
-    def __init__(self, within: float, across: float, kept: int) -> None:
-        self.within, self.across, self.kept = within, across, kept
+    def __init__(self) -> None:
+        super().__init__()
+        self.within = self.across = 0.0
+        self.kept = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is _MASKED:
+            q, k = args[:2]
+            if q.shape == k.shape:
+                self.within += _scores(q.shape, k.shape)
+                self.kept += q.nbytes + 4 * q.numel() // q.shape[-1]
+            else:
+                self.across += _scores(q.shape, k.shape)
+        return func(*args, **(kwargs or {}))
+
+
+class _Attended:
+    """FLOPs of a block's attention over its own tokens and over others', and the bytes of the former's result.
+
+    masked: what of it torch's own operations do, forward and backward for the input and the weights.
+    """
+
+    def __init__(self, flops: float, kept: int, masked: _Masked) -> None:
+        self.within, self.across, self.kept = flops + masked.within, masked.across, kept + masked.kept
+        forward = masked.within + masked.across
+        self.masked = (forward, _ATTENTION_BACKWARD * forward, _ATTENTION_BACKWARD * forward)
 
 
 class _Axis:
@@ -259,7 +280,11 @@ def _as_leaf(x: Any) -> Any:
     return x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
 
-def _masked_flops(q: Any, k: Any, *_: Any, out_shape: Any = None, **__: Any) -> float:
-    """Of queries and keys `[B, H, L, D]`, by their shapes."""
+def _scores(q: Any, k: Any, *_: Any, out_shape: Any = None, **__: Any) -> float:
+    """FLOPs of attention by the shapes of queries and keys `[B, H, L, D]`."""
     batch, heads, length, head_size = q
     return 4.0 * batch * heads * length * k[2] * head_size
+
+
+def _scores_backward(gradient: Any, q: Any, k: Any, *_: Any, out_shape: Any = None, **__: Any) -> float:
+    return _ATTENTION_BACKWARD * _scores(q, k)

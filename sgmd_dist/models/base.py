@@ -27,6 +27,21 @@ SchedulerCall = Literal["steps", "sigmas"]
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A caption as what a user says to a language model, whose hidden states are the embeddings.
+
+    Attributes:
+        system_message: what the model was told before.
+        num_cropped: tokens before the caption, whose states are left out.
+        layer: of the hidden states, counted from the end.
+    """
+
+    system_message: str
+    num_cropped: int
+    layer: int
+
+
+@dataclass(frozen=True)
 class TextEncoding:
     """How a family's pipeline makes embeddings of a caption.
 
@@ -36,12 +51,14 @@ class TextEncoding:
             encoder attends to the padding.
         keeps_padding: the embeddings of the padding are a part of the prompt's, as the network was trained with them.
         is_cleaned: encoding mended, HTML entities resolved, single blanks.
+        chat: where the encoder is a language model.
     """
 
     max_tokens: int
     is_masked: bool = True
     keeps_padding: bool = False
     is_cleaned: bool = True
+    chat: Chat | None = None
 
 
 TEXT_ENCODING = TextEncoding(512)  # Wan's, and that of folders without a transformer

@@ -189,7 +189,7 @@ class CogVideoX(DiffusersModel):
 def _noise_schedule(chosen: NoiseSchedule | None, folder: Path | None) -> NoiseSchedule:
     """The chosen one, or that of the pipeline that a transformer's folder lies in."""
     if chosen is not None or folder is None:
-        return chosen or NoiseSchedule()
+        return chosen or NoiseSchedule.model_validate({})
     path = folder.parent / _SCHEDULER
     if not path.is_file():
         raise UserError(
@@ -204,7 +204,7 @@ def _noise_schedule(chosen: NoiseSchedule | None, folder: Path | None) -> NoiseS
             " model.noise_schedule instead"
         )
     try:
-        return NoiseSchedule(**{name: config[name] for name in NoiseSchedule.model_fields if name in config})
+        return NoiseSchedule.model_validate({k: config[k] for k in NoiseSchedule.model_fields if k in config})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))

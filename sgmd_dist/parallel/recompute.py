@@ -16,6 +16,12 @@ from sgmd_dist import adapters
 
 _ATTENTION = torch.ops.sgmd_kernels.attention.default
 _RING_ATTENTION = torch.ops.sgmd_dist.ring_attention.default
+_ATTENTIONS = (
+    _ATTENTION,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,  # with a mask torch's own are run
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 
 def recompute_block(block: nn.Module) -> None:
@@ -33,7 +39,7 @@ def recompute_all_but_attention(block: nn.Module) -> None:
 
 
 def _keep_self_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    is_self = operator is _RING_ATTENTION or (operator is _ATTENTION and args[0].shape == args[1].shape)
+    is_self = operator is _RING_ATTENTION or (operator in _ATTENTIONS and args[0].shape == args[1].shape)
     return CheckpointPolicy.MUST_SAVE if is_self else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -29,8 +29,9 @@ def trained(recipe_path: Path, name: str, world_size: int, *parallel: str) -> St
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_two_ranks_train_as_one(recipe_path: Path, name: str) -> None:
     """Sharded, with recomputed blocks; and where the family can, with sequences on 2 x 2 ranks."""
+    kept = "selective" if name == "hunyuan_video_15" else "block"  # its attention is torch's own, for its mask
     one = trained(recipe_path, name, 1)
-    two = trained(recipe_path, name, 2, "parallel.activation_checkpointing=block")
+    two = trained(recipe_path, name, 2, f"parallel.activation_checkpointing={kept}")
     assert parameter_difference(one, two) < TOLERANCE
     if FAMILIES[name].splits_sequences:
         shared = trained(recipe_path, name, 4, "parallel.ulysses=2", "parallel.ring=2")

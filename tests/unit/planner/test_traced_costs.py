@@ -82,8 +82,8 @@ def test_what_a_network_keeps_for_backward(name: str, dtype: str, gradient: Grad
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_the_peak_without_a_graph(name: str) -> None:
-    """Of the whole network: a block's, with what is kept through it. Within 5% or four latents, that the planner counts
-    by themselves."""
+    """Of the whole network: a block's, with what is kept through it. Within 5%, or four latents, which the planner
+    counts by themselves."""
     model = small(name, "bfloat16")
     module, latents, text = network(model, "none")
     with torch.no_grad(), LiveBytes() as live:
