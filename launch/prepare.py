@@ -25,6 +25,7 @@ from sgmd_dist.errors import (
     EXIT_PREEMPTED,
     UserError,
     positive_float,
+    positive_fraction,
     positive_int,
     reports_user_errors,
 )
@@ -185,7 +186,7 @@ def prepare_world_videos(args: argparse.Namespace) -> None:
         (clips / f"{number:06d}.txt").write_text(f"{sample.caption}\n", encoding="utf-8")
     captions = "\n".join(dict.fromkeys(sample.caption for sample in samples))
     (args.out / "prompts.txt").write_text(f"{captions}\n", encoding="utf-8")
-    write_world_pipeline(pipeline, args.pretrained)
+    write_world_pipeline(pipeline, Path("recipes/tiny_wan"))
     print(f"{clips}: {args.num_samples} videos with captions\n{pipeline}: a pipeline for them")
 
 
@@ -258,17 +259,6 @@ def _add_index(commands: Any) -> None:
     parser.set_defaults(run=prepare_index)
 
 
-def frames_per_second(text: str) -> Fraction:
-    """An argument: a number or a fraction > 0, as 16 or 30000/1001."""
-    try:
-        rate = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        rate = Fraction(0)
-    if rate <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number > 0, as 16 or 30000/1001")
-    return rate
-
-
 @reports_user_errors
 def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -302,7 +292,7 @@ def _add_videos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         " with NAME.txt beside NAME.mp4",
     )
     command.add_argument("--buckets", required=True, help="frames x height x width, several: 81x480x832,81x832x480")
-    command.add_argument("--fps", type=frames_per_second, default=Fraction(16), help="of the samples; default: 16")
+    command.add_argument("--fps", type=positive_fraction, default=Fraction(16), help="of the samples; default: 16")
     command.add_argument("--vae-dtype", choices=DTYPES, default="float32", help="default: float32")
     _add_preparation(command)
     command.set_defaults(run=prepare_videos)
@@ -376,7 +366,6 @@ def _add_world_videos(commands: argparse._SubParsersAction[argparse.ArgumentPars
     videos = commands.add_parser("world-videos", help="the world as mp4 files with captions, and a pipeline")
     videos.add_argument("out", type=Path, help="folder to write into")
     videos.add_argument("--num-samples", type=positive_int, default=32, help="default: 32")
-    videos.add_argument("--pretrained", type=Path, default=Path("recipes/tiny_wan"), help="the world's teacher")
     videos.set_defaults(run=prepare_world_videos)
 
 

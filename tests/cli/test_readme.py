@@ -30,6 +30,7 @@ TEACHER = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_teacher.yaml
 # What makes a command short, or keeps it below {runs}.
 SHORTER = {
     "make demo": 'DEMO={runs}/demo TRAIN_ARGS=run.steps=3 EVALUATE_ARGS="--repeats 1 --teacher-steps 2"',
+    "python launch/prepare.py world runs/world --num-samples 512": "--num-samples 64",
     TRAIN: "run.dir={runs}/tiny_sgmd run.steps=10",
     RESUME: "run.dir={runs}/tiny_sgmd run.steps=20",
     SHARED: "run.steps=2",
