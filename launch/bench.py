@@ -111,6 +111,9 @@ def _add_science(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--world", nargs="+", metavar="NAME", help="ring, trajectories, tiny_wan; default: all")
     command.add_argument("--methods", nargs="+", metavar="NAME", help="names of table rows; default: all")
     command.add_argument("--seeds", type=positive_int, default=4, help="trainings of each method; default: 4")
+    command.add_argument(
+        "--passes", type=positive_int, help="network passes per sample; default: 8000, 2000 in tiny_wan"
+    )
     command.add_argument("--workers", type=positive_int, default=2, help="processes, one thread each; default: 2")
     command.add_argument(
         "--out", type=Path, help="folder of results, and of finished trainings; default: runs/science, or none"
@@ -195,9 +198,12 @@ def _science(args: argparse.Namespace) -> int:
 
     if args.smoke or args.acceptance:
         return _science_gates(args)
-    make = study.quick_study if args.quick else study.full_study
     folder = args.out or (None if args.quick else Path("runs/science"))
-    studies = [make(world, args.seeds, args.methods) for world in study.known(args.world, study.WORLDS, "--world")]
+    worlds = study.known(args.world, study.WORLDS, "--world")
+    if args.quick:
+        studies = [study.quick_study(world, args.seeds, args.methods) for world in worlds]
+    else:
+        studies = [study.full_study(world, args.seeds, args.methods, args.passes) for world in worlds]
     report = Report(" ".join(["launch/bench.py", *sys.argv[1:]]))
     for each in studies:
         report.curves[each.world] = each.run(args.workers, folder)

@@ -25,6 +25,7 @@ from sgmd_dist.errors import (
     EXIT_PREEMPTED,
     UserError,
     positive_float,
+    positive_fraction,
     positive_int,
     reports_user_errors,
 )
@@ -173,6 +174,22 @@ def prepare_world(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.num_samples} videos of the moving-shapes world")
 
 
+def prepare_world_videos(args: argparse.Namespace) -> None:
+    from sgmd_dist.data.world import World
+    from sgmd_dist.data.world_videos import world_video, write_world_pipeline
+    from sgmd_dist.decode import write_video
+
+    clips, pipeline = args.out / "clips", args.out / "pipeline"
+    samples = [World().sample(0, number) for number in range(args.num_samples)]
+    for number, sample in enumerate(samples):
+        write_video(clips / f"{number:06d}.mp4", world_video(sample.latents))
+        (clips / f"{number:06d}.txt").write_text(f"{sample.caption}\n", encoding="utf-8")
+    captions = "\n".join(dict.fromkeys(sample.caption for sample in samples))
+    (args.out / "prompts.txt").write_text(f"{captions}\n", encoding="utf-8")
+    write_world_pipeline(pipeline, Path("recipes/tiny_wan"))
+    print(f"{clips}: {args.num_samples} videos with captions\n{pipeline}: a pipeline for them")
+
+
 def prepare_text_encoder(args: argparse.Namespace) -> None:
     from sgmd_dist.data.encode import make_tiny_text_encoder
     from sgmd_dist.data.world import all_captions
@@ -208,6 +225,7 @@ def prepare_index(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from sgmd_dist.data.index import consolidate, write_sidecars
+    from sgmd_dist.data.negative_prompt import write_where_missing
 
     folders = [Path(entry) for entry in args.shards if not entry.endswith(".tar")]
     tars = [Path(path) for entry in args.shards if entry.endswith(".tar") for path in braceexpand.braceexpand(entry)]
@@ -218,34 +236,13 @@ def prepare_index(args: argparse.Namespace) -> None:
             index = consolidate(folder, num_threads=args.threads, on_indexed=lambda _, bar=bar: bar.update())
         counts = ", ".join(f"{bucket} {(index.bucket == i).sum()}" for i, bucket in enumerate(index.buckets))
         print(f"{folder / 'index.json'}: {len(index.paths)} shards, {index.num_samples} samples by bucket: {counts}")
-        _write_missing_negative_prompt(folder, index.embed_dim, args)
+        said = write_where_missing(folder, index.embed_dim, args.negative_prompt_from, args.text_encoder)
+        if said is not None:
+            print(said)
     if tars:
         with tqdm(total=len(tars), unit="shard", desc="index", disable=None) as bar:
             records = write_sidecars(tars, num_threads=args.threads, on_indexed=lambda _: bar.update())
         print(f"{len(records)} shards indexed, {sum(len(record.keys) for record in records)} samples")
-
-
-def _write_missing_negative_prompt(folder: Path, embed_dim: int, args: argparse.Namespace) -> None:
-    from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
-    from sgmd_dist.data.foreign import read_negative_embeds
-    from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, write_negative_prompt
-
-    path = folder / NEGATIVE_PROMPT_NAME
-    if path.exists():
-        return
-    if args.negative_prompt_from is not None:
-        said = f"--negative-prompt-from {args.negative_prompt_from}"
-        embeds = read_negative_embeds(args.negative_prompt_from)
-    elif args.text_encoder is not None:
-        encoder = TextEncoder.from_pretrained(args.text_encoder)
-        said, embeds = f"--text-encoder {args.text_encoder}", encoder.encode([NEGATIVE_PROMPT])[0]
-    else:
-        print(f"{path}: missing, training needs it; call again with --negative-prompt-from or --text-encoder")
-        return
-    if embeds.shape[1] != embed_dim:
-        raise UserError(f"{said}: is {embeds.shape[1]} wide, the shards' prompt_embeds {embed_dim}; take theirs")
-    write_negative_prompt(folder, embeds)
-    print(f"{path}: written")
 
 
 def _add_index(commands: Any) -> None:
@@ -262,25 +259,17 @@ def _add_index(commands: Any) -> None:
     parser.set_defaults(run=prepare_index)
 
 
-def frames_per_second(text: str) -> Fraction:
-    """An argument: a number or a fraction > 0, as 16 or 30000/1001."""
-    try:
-        rate = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        rate = Fraction(0)
-    if rate <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number > 0, as 16 or 30000/1001")
-    return rate
-
-
 @reports_user_errors
 def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="videos|prompts|pairs|world|text-encoder|index|verify")
+    commands = parser.add_subparsers(
+        required=True, metavar="videos|prompts|pairs|world|world-videos|text-encoder|index|verify"
+    )
     _add_videos(commands)
     _add_prompts(commands)
     _add_pairs(commands)
     _add_world(commands)
+    _add_world_videos(commands)
     _add_text_encoder(commands)
     _add_index(commands)
     _add_verify(commands)
@@ -303,7 +292,7 @@ def _add_videos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         " with NAME.txt beside NAME.mp4",
     )
     command.add_argument("--buckets", required=True, help="frames x height x width, several: 81x480x832,81x832x480")
-    command.add_argument("--fps", type=frames_per_second, default=Fraction(16), help="of the samples; default: 16")
+    command.add_argument("--fps", type=positive_fraction, default=Fraction(16), help="of the samples; default: 16")
     command.add_argument("--vae-dtype", choices=DTYPES, default="float32", help="default: float32")
     _add_preparation(command)
     command.set_defaults(run=prepare_videos)
@@ -371,6 +360,13 @@ def _add_world(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     world.add_argument("--seed", type=int, default=0)
     world.add_argument("--text-encoder", type=Path, default=Path("recipes/tiny_wan"), help="diffusers folder")
     world.set_defaults(run=prepare_world)
+
+
+def _add_world_videos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    videos = commands.add_parser("world-videos", help="the world as mp4 files with captions, and a pipeline")
+    videos.add_argument("out", type=Path, help="folder to write into")
+    videos.add_argument("--num-samples", type=positive_int, default=32, help="default: 32")
+    videos.set_defaults(run=prepare_world_videos)
 
 
 def _add_text_encoder(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,54 +1,81 @@
-"""Few-step sampling: launch/sample.py RUN_OR_CHECKPOINT --prompts FILE_OR_TEXT [...] --out FOLDER"""
+"""Few-step sampling: launch/sample.py MODEL --prompts FILE_OR_TEXT [...] --out FOLDER
+
+MODEL is a run (its newest checkpoint), a checkpoint, or a folder of diffusers: an export, or a pretrained pipeline or
+transformer. Every prompt is sampled with every seed. Under torchrun the ranks share out the videos; a video depends on
+its seed, its prompt and the prompt's number alone.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
-from sgmd_dist.errors import positive_float, positive_int, reports_user_errors
+from sgmd_dist.errors import natural_int, positive_float, positive_int, reports_user_errors
 
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="run, checkpoint, export, or another diffusers folder")
     parser.add_argument("--prompts", nargs="+", required=True, help="captions, or files with one caption per line")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the videos")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the videos and videos.json")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument("--seeds", type=natural_int, nargs="+", default=[0], metavar="N", help="default: 0")
+    several.add_argument("--num-seeds", type=positive_int, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--steps", type=positive_int, help="Euler steps; default: the recipe's student_steps")
-    parser.add_argument("--shift", type=positive_float, help="time shift; default: the recipe's sigma_shift")
+    parser.add_argument("--shift", type=positive_float, help="time shift; default: the scheduler's, or the recipe's")
     parser.add_argument("--guidance-scale", type=positive_float, default=1.0, help="default 1.0: none")
     parser.add_argument("--ema", action="store_true", help="sample the moving average of the weights")
     parser.add_argument("--format", choices=["mp4", "gif", "png"], default="mp4")
     parser.add_argument("--fps", type=positive_int, default=16, help="frames per second")
+    parser.add_argument("--sheet", choices=["gif", "png"], help="all videos in one picture: in motion, or the middle")
+    parser.add_argument("--size", type=_size, metavar="FxHxW", help="frames, height, width; default: the recipe's")
+    parser.add_argument("--pretrained", type=Path, help="folder with text encoder and VAE; default: the model's own")
+    parser.add_argument("--recipe", type=Path, help="recipe of a folder that has none of its own")
+    parser.add_argument("--family", default="wan", help="model family of a folder without recipe; default: wan")
     args = parser.parse_args()
 
-    import torch
+    from sgmd_dist.generators import Options, open_generator, write_videos
+    from sgmd_dist.parallel.mesh import process_group
+    from sgmd_dist.sampling import encode_together, read_captions
+    from sgmd_dist.video_folder import takes_of
 
-    from sgmd_dist.data.sources import latent_shape_of
-    from sgmd_dist.decode import decoder, write_video
-    from sgmd_dist.sampling import encode_prompts, open_source, read_captions, sample_videos
-
-    source = open_source(args.model)
-    num_steps, shift = (args.steps, args.shift) if args.steps and args.shift else source.few_steps
-    prompts = encode_prompts(source.recipe, read_captions(args.prompts))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    videos = sample_videos(
-        source.network("generator.ema" if args.ema else "generator", device),
-        prompts,
-        latent_shape_of(source.recipe, source.model),
-        num_steps=args.steps or num_steps,
-        shift=args.shift or shift,
-        guidance_scale=args.guidance_scale,
-        seed=args.seed,
-        device=device,
+    which = "generator.ema" if args.ema else "generator"
+    options = Options(
+        which,
+        num_steps=args.steps,
+        shift=args.shift,
+        size=args.size,
+        pretrained=args.pretrained,
+        recipe=args.recipe,
+        family=args.family,
     )
-    to_rgb = decoder(source.pretrained, device)
-    for number, (caption, latents) in enumerate(zip(prompts.captions, videos, strict=True)):
-        path = args.out / f"{number:04d}.{args.format}"
-        write_video(path, to_rgb(latents), args.fps)
-        print(f"{path}: {caption}")
+    seeds = range(args.num_seeds) if args.num_seeds else list(dict.fromkeys(args.seeds))
+    with process_group() as device:
+        generator = open_generator(args.model, options)
+        captions = read_captions(args.prompts)
+        prompts = encode_together(generator.text_encoder, generator.model, generator.text_tokens, captions)
+        takes = takes_of(captions, seeds)
+        write_videos(
+            generator,
+            prompts,
+            takes,
+            args.out,
+            ending=args.format,
+            frames_per_second=args.fps,
+            guidance_scale=args.guidance_scale,
+            sheet=args.sheet,
+            device=device,
+        )
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    if not re.fullmatch(r"[1-9]\d{0,6}x[1-9]\d{0,6}x[1-9]\d{0,6}", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected FRAMESxHEIGHTxWIDTH, as 81x480x832")
+    frames, height, width = map(int, text.split("x"))
+    return frames, height, width
 
 
 if __name__ == "__main__":

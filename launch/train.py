@@ -19,7 +19,7 @@ from sgmd_dist.errors import (
     positive_int,
     reports_user_errors,
 )
-from sgmd_dist.preemption import stop_requests
+from sgmd_dist.preemption import profile_requests, stop_requests
 
 if TYPE_CHECKING:
     from sgmd_dist.layout import Layout
@@ -60,7 +60,8 @@ def main() -> int:
     if args.check:
         _planned(args)
         return EXIT_DONE
-    with stop_requests():  # imports take seconds, and large networks minutes to load: a signal must not be lost then
+    with stop_requests(), profile_requests():  # imports take seconds, and large networks minutes to load: no signal
+        # must be lost then, or end the process
         return _train(args)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sgmd_dist import adapters, checkpoint, heads, registry
 from sgmd_dist.adapters import Lora, lora_from
 from sgmd_dist.errors import UserError
+from sgmd_dist.lowrank import LowRank, low_rank
 from sgmd_dist.models.base import VideoModel
 from sgmd_dist.objectives.base import Objective
 from sgmd_dist.parallel.apply import parallelize, share_streams
@@ -236,7 +237,8 @@ def _fill_as_planned(module: nn.Module, plan: NetworkPlan, seed: int) -> None:
 def _fill_with_weights(parameters: Mapping[str, Tensor], model: VideoModel, seed: int) -> Loaded | None:
     """Set a network's parameters from the model's files, or from `seed` where it has none: None then."""
     if files := model.weight_files():
-        return load_safetensors(parameters, files)
+        image = model.image_input
+        return load_safetensors(parameters, files, () if image is None else image.unused_tensors)
     fill(parameters, partial(model.initial_value, seed=seed))
     return None
 
@@ -269,7 +271,7 @@ def model_of_checkpoint(path: Path, role: str = "generator") -> tuple[Recipe, Vi
 def load_weights(
     path: Path, which: Which, model: VideoModel, lora: Lora | None = None, head: HeadSection | None = None
 ) -> dict[str, Tensor]:
-    """Full float32 tensors of one network of a checkpoint, on the CPU, without a process group.
+    """Full float32 tensors of one network of a checkpoint, on the CPU, by this process alone.
 
     Args:
         lora: the role's adapter, whose tensors alone are in the checkpoint then, and in the result.
@@ -290,11 +292,11 @@ def load_weights(
     return {name: tensor for name, tensor in tensors.items() if name not in of_heads}
 
 
-def merge_adapter(model: VideoModel, weights: Mapping[str, Tensor], lora: Lora, seed: int) -> dict[str, Tensor]:
-    """Full float32 tensors of the model's base with the adapter `weights` added, on the CPU.
+def base_weights(model: VideoModel, seed: int) -> dict[str, Tensor]:
+    """Full float32 tensors of the model's pretrained files, on the CPU.
 
     Args:
-        seed: of the base's random weights, where the model has no files.
+        seed: of random weights, where the model has no files.
 
     Raises:
         UserError: the files do not fit the network.
@@ -303,7 +305,37 @@ def merge_adapter(model: VideoModel, weights: Mapping[str, Tensor], lora: Lora, 
         shapes = {name: p.shape for name, p in model.build().named_parameters()}
     base = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
     _fill_with_weights(base, model, seed)
-    return adapters.merged(base, weights, lora.scale)
+    return base
+
+
+def merge_adapter(model: VideoModel, weights: Mapping[str, Tensor], lora: Lora, seed: int) -> dict[str, Tensor]:
+    """`base_weights` with the adapter `weights` added."""
+    return adapters.merged(base_weights(model, seed), weights, lora.scale)
+
+
+def low_rank_adapter(
+    model: VideoModel, weights: Mapping[str, Tensor], rank: int, device: torch.device
+) -> tuple[Lora, LowRank]:
+    """The difference of trained `weights` from the pretrained ones as an adapter on every linear layer.
+
+    Raises:
+        UserError: there are no pretrained files, or no linear layer changed.
+    """
+    if not model.weight_files():
+        raise UserError(
+            f"--svd-rank {rank}: model.generator.pretrained and model.pretrained = null: the run began from random"
+            " weights, which nobody else has; leave out --svd-rank"
+        )
+    with torch.device("meta"):
+        module = model.build()
+    found = low_rank(weights, base_weights(model, 0), _linear_layers(module), rank, device)
+    if not found.energies:
+        raise UserError(f"--svd-rank {rank}: the weights are those that the run began from; nothing to export")
+    return Lora(rank, rank, tuple(_linear_layers(model.networks(module)[0]))), found
+
+
+def _linear_layers(module: nn.Module) -> list[str]:
+    return [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
 
 
 def load_network(

@@ -1,100 +1,125 @@
-"""A generator before and after distillation, scored against its teacher on the same prompts."""
+"""A generator before and after distillation, scored against its teacher and real videos on the same prompts."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sgmd_dist.assemble import Which
-from sgmd_dist.decode import decoder
-from sgmd_dist.durable import write_durably
-from sgmd_dist.evaluation import Scores, contact_sheet_gif, score
-from sgmd_dist.models.base import LatentShape
+from sgmd_dist.evaluation import Scores, score
+from sgmd_dist.protocol import Protocol
 from sgmd_dist.rollout import Network
-from sgmd_dist.sampling import Prompts, Source, encode_prompts, sample_videos
+from sgmd_dist.sampling import Prompts, Source, encode_prompts
+from sgmd_dist.shares import Clock, Settings, gathered, sample_batches, shared_batches
 
-REFERENCE_SEED, SAMPLE_SEED = 1, 2
-ROWS_SHOWN = 6
+COLUMNS = ("before", "after", "teacher")
+HEADLINE = ("swd", "motion_ratio", "speed_ratio", "jitter")
+DETAILS = (
+    "consistency",
+    "frame_colour_drift",
+    "energy",
+    "swd_real",
+    "energy_real",
+    "seconds_per_video",
+    "passes_per_video",
+)
+TIMED = "seconds_per_video"  # the one number that differs from call to call
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What the scores were measured with; stored beside them."""
+class Row:
+    """Scores of one column, with the seconds and network passes that a video takes one rank."""
 
-    captions: list[str]
-    latent_shape: LatentShape
-    teacher_steps: int
-    student_steps: int
-    sigma_shift: float
-    guidance_scale: float
-    which: Which
-    reference_seed: int = REFERENCE_SEED
-    sample_seed: int = SAMPLE_SEED
+    scores: Scores
+    seconds_per_video: float
+    passes_per_video: float
+
+    def as_dict(self) -> dict[str, float]:
+        speed = {TIMED: self.seconds_per_video, "passes_per_video": self.passes_per_video}
+        return {**self.scores.as_dict(), **speed}
 
 
 @dataclass
 class Comparison:
-    """Latents `[N, C, F, H, W]` of each column and their scores against the reference."""
+    """Latents `[N, C, F, H, W]` of each column and, on the main rank, its row."""
 
     protocol: Protocol
     videos: dict[str, Tensor] = field(default_factory=dict)
-    scores: dict[str, Scores] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
 
-    def table(self) -> str:
-        """The scores as text."""
-        names = [field.name for field in fields(Scores)]
-        rows = [f"{'':<9}" + "".join(f"{name:>14}" for name in names)]
-        for column, scores in self.scores.items():
-            rows.append(f"{column:<9}" + "".join(f"{getattr(scores, name):>14.3f}" for name in names))
-        return "\n".join(rows)
-
-    def write(self, folder: Path, source: Source) -> None:
-        """Write scores.json, protocol.json and samples.gif into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        scores = {name: scores.as_dict() for name, scores in self.scores.items()}
-        write_durably(folder / "scores.json", (json.dumps(scores, indent=1) + "\n").encode())
-        facts = {**self.protocol.__dict__, "checkpoint": source.checkpoint.name}
-        write_durably(folder / "protocol.json", (json.dumps(facts, indent=1) + "\n").encode())
-        steps = self.protocol.student_steps
-        titles = {
-            "teacher": f"teacher, {self.protocol.teacher_steps} steps",
-            "before": f"before, {steps} steps",
-            "after": f"after, {steps} steps",
-        }
-        places = torch.linspace(0, len(self.protocol.captions) - 1, ROWS_SHOWN).long()
-        contact_sheet_gif(
-            folder / "samples.gif",
-            {titles[name]: self.videos[name][places] for name in titles},
-            decoder(source.pretrained),
-            prompts=[self.protocol.captions[i] for i in places.tolist()],
-        )
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """`scores[column][name]`, as scores.json holds them."""
+        return {name: self.rows[name].as_dict() for name in COLUMNS if name in self.rows}
 
 
-def compare(source: Source, protocol: Protocol, device: torch.device) -> Comparison:
+def table(scores: Mapping[str, Mapping[str, float]], names: tuple[str, ...]) -> str:
+    """Those of the scores that there are, as text: a row per column of the comparison."""
+    names = tuple(name for name in names if any(name in row for row in scores.values()))
+    width = max(9, *(len(label) + 1 for label in scores))
+    lines = [" " * width + "".join(f"{name:>{_width(name)}}" for name in names)]
+    for label, row in scores.items():
+        cells = (f"{row[name]:.3f}" if name in row else "" for name in names)
+        lines.append(f"{label:<{width}}" + "".join(f"{c:>{_width(n)}}" for n, c in zip(names, cells, strict=True)))
+    return "\n".join(lines)
+
+
+def _width(name: str) -> int:
+    return max(14, len(name) + 2)
+
+
+def side_by_side(
+    here: Mapping[str, Mapping[str, float]], there: Mapping[str, Mapping[str, float]]
+) -> dict[str, Mapping[str, float]]:
+    """The rows of two evaluations of one protocol, each above its counterpart."""
+    rows: dict[str, Mapping[str, float]] = {}
+    for name in COLUMNS:
+        rows[name] = here[name]
+        if name in there:
+            rows[f"{name}, against"] = there[name]
+    return rows
+
+
+def compare(
+    source: Source,
+    protocol: Protocol,
+    which: Which,
+    device: torch.device,
+    *,
+    real: Tensor | None = None,
+    batch_size: int = 32,
+) -> Comparison:
     """Sample and score: `before` is the network that the generator started from, `after` the trained one, both with
     few steps and no guidance; `teacher` is the guided teacher from the same noise, with which it scores the floor: the
-    reference is the guided teacher from other noise."""
-    prompts = encode_prompts(source.recipe, protocol.captions)
+    reference is the guided teacher from other noise. Collective; each rank holds one whole network at a time.
+
+    Args:
+        real: videos `[M, C, F, H, W]` for the main rank, or None.
+    """
+    encoded = encode_prompts(source.recipe, protocol.prompts)
+    prompts = Prompts(protocol.captions, encoded.embeds.repeat(protocol.repeats, 1, 1), encoded.negative)
+    shift, seed = protocol.sigma_shift, protocol.sample_seed
+    few = Settings(protocol.student_steps, shift, seed)
+    many = Settings(protocol.teacher_steps, shift, seed, protocol.guidance_scale)
+    reference_settings = Settings(protocol.teacher_steps, shift, protocol.reference_seed, protocol.guidance_scale)
+
+    def sampled(network: Network, settings: Settings) -> tuple[Tensor, tuple[float, float]]:
+        count, clock = len(prompts.captions), Clock()
+        batches = shared_batches(count, batch_size)
+        parts = sample_batches(network, prompts, protocol.latent_shape, batches, settings, device, clock)
+        return gathered(parts, count, protocol.latent_shape), clock.per_video()
+
     teacher = source.teacher(device)
-    many = {"num_steps": protocol.teacher_steps, "guidance_scale": protocol.guidance_scale}
-    few = {"num_steps": protocol.student_steps, "seed": protocol.sample_seed}
-    columns = {
-        "before": (source.beginning(device), few),
-        "after": (source.network(protocol.which, device), few),
-        "teacher": (teacher, {**many, "seed": protocol.sample_seed}),
-    }
-    reference = _videos(teacher, prompts, protocol, device, **many, seed=protocol.reference_seed)
-    result = Comparison(protocol)
-    for name, (network, settings) in columns.items():
-        result.videos[name] = _videos(network, prompts, protocol, device, **settings)
-        result.scores[name] = score(result.videos[name], reference)
+    reference, _ = sampled(teacher, reference_settings)
+    found = {"teacher": sampled(teacher, many)}
+    del teacher
+    found["before"] = sampled(source.beginning(device), few)
+    found["after"] = sampled(source.network(which, device), few)
+    result = Comparison(protocol, {name: found[name][0] for name in COLUMNS})
+    if dist.get_rank() == 0:
+        result.rows = {name: Row(score(result.videos[name], reference, real), *found[name][1]) for name in COLUMNS}
     return result
-
-
-def _videos(network: Network, prompts: Prompts, protocol: Protocol, device: torch.device, **settings: Any) -> Tensor:
-    return sample_videos(network, prompts, protocol.latent_shape, shift=protocol.sigma_shift, device=device, **settings)

@@ -7,6 +7,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 
 EXIT_DONE = 0
 EXIT_FOUND_MISTAKES = 1  # what the command was to check is wrong; it has said everything that is
@@ -63,4 +64,15 @@ def positive_float(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected a number > 0")
+    return number
+
+
+def positive_fraction(text: str) -> Fraction:
+    """An argument of a command: a number or a fraction > 0, as 16 or 30000/1001."""
+    try:
+        number = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        number = Fraction(0)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number > 0, as 16 or 30000/1001")
     return number

@@ -11,10 +11,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from sgmd_dist.consistency import frame_colour_drift, frame_consistency
+from sgmd_dist.distances import energy_distance, sliced_wasserstein
 from sgmd_dist.motion import jitter, latent_motion, speed
 
 ToRgb = Callable[[Tensor], Tensor]  # latents [C, F, H, W] -> uint8 [F, H', W', 3]
 
+_AT_A_TIME = 8  # videos: in Fourier space, in float64, they take eight times their room
 _TITLE_HEIGHT = 16
 _GAP = 4
 _BACKGROUND = (24, 24, 28)
@@ -23,7 +26,7 @@ _INK = (235, 235, 235)
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` returns.
+    """What `score` returns; None without real videos, and for energies of single videos.
 
     Attributes:
         swd: sliced Wasserstein distance to the reference; lower is better, 0 for equal sets. Two different sets of
@@ -32,82 +35,86 @@ class Scores:
             oversharp pictures and flicker raise it, so read it beside the other columns.
         speed_ratio: mean `speed` over the reference's; 1 is best. It sees displacement alone.
         jitter: mean temporal inconsistency (see `motion.jitter`); lower is better, 0 for a rigid constant move.
+        consistency: mean cosine similarity of neighbouring frames; the reference's is best.
+        frame_colour_drift: mean change of the mean colour from the first to the last frame; the reference's is best.
+        energy: squared energy distance to the reference per root of a latent's number of elements; lower is better.
+            Unbiased: two sets of one distribution have the mean 0, and single values may be negative.
+        swd_real, energy_real: `swd` and `energy` to real videos instead of the reference.
     """
 
     swd: float
     motion_ratio: float
     speed_ratio: float
     jitter: float
+    consistency: float
+    frame_colour_drift: float
+    energy: float | None = None
+    swd_real: float | None = None
+    energy_real: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def score(samples: Tensor, reference: Tensor, *, num_projections: int = 256, seed: int = 0) -> Scores:
-    """Scores of `samples` against `reference`, both `[N, C, F, H, W]`, preferably for the same prompts."""
+def score(
+    samples: Tensor, reference: Tensor, real: Tensor | None = None, *, num_projections: int = 256, seed: int = 0
+) -> Scores:
+    """Scores of `samples` against `reference` and `real`, all `[N, C, F, H, W]` of any N, preferably for the same
+    prompts."""
+
+    def mean(measure: Callable[[Tensor], Tensor], latents: Tensor) -> float:
+        return float(torch.cat([measure(part) for part in latents.split(_AT_A_TIME)]).mean())
+
+    def swd(others: Tensor) -> float:
+        return sliced_wasserstein(samples, others, num_projections, seed)
+
+    def energy(others: Tensor) -> float | None:
+        if min(len(samples), len(others)) < 2:
+            return None
+        return energy_distance(samples.flatten(1), others.flatten(1)) / samples[0].numel() ** 0.5
+
     return Scores(
-        swd=sliced_wasserstein(samples, reference, num_projections, seed),
-        motion_ratio=float(latent_motion(samples).mean() / latent_motion(reference).mean().clamp_min(1e-12)),
-        speed_ratio=float(speed(samples).mean() / speed(reference).mean().clamp_min(1e-12)),
-        jitter=float(jitter(samples).mean()),
+        swd=swd(reference),
+        motion_ratio=mean(latent_motion, samples) / max(mean(latent_motion, reference), 1e-12),
+        speed_ratio=mean(speed, samples) / max(mean(speed, reference), 1e-12),
+        jitter=mean(jitter, samples),
+        consistency=mean(frame_consistency, samples),
+        frame_colour_drift=mean(frame_colour_drift, samples),
+        energy=energy(reference),
+        swd_real=None if real is None else swd(real),
+        energy_real=None if real is None else energy(real),
     )
 
 
-def sliced_wasserstein(a: Tensor, b: Tensor, num_projections: int = 256, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance of two sets `[N, ...]` and `[M, ...]` of one sample shape.
-
-    Root mean square, over `num_projections` random unit directions, of the 2-Wasserstein distance of the projected
-    sets: on the scale of one latent element, whatever the latents' size. The directions depend on `seed` and the
-    shape only. It sees amplitude, colour and blur well, speed little (the ratios are for that).
-    """
-    if a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"sliced_wasserstein: sample shapes differ: {tuple(a.shape[1:])} and {tuple(b.shape[1:])}")
-    flat_a, flat_b = a.double().flatten(1), b.double().flatten(1)
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(flat_a.shape[1], num_projections, generator=generator, dtype=torch.float64)
-    directions = directions / directions.norm(dim=0)
-    sorted_a = (flat_a @ directions.to(flat_a)).sort(dim=0).values
-    sorted_b = (flat_b @ directions.to(flat_b)).sort(dim=0).values
-    if len(sorted_a) != len(sorted_b):
-        size = max(len(sorted_a), len(sorted_b))
-        sorted_a, sorted_b = _quantiles(sorted_a, size), _quantiles(sorted_b, size)
-    return float((sorted_a - sorted_b).square().mean().sqrt())
-
-
-def _quantiles(values: Tensor, size: int) -> Tensor:
-    """`size` mid-point quantiles of sorted `values` `[N, P]`."""
-    levels = (torch.arange(size, dtype=values.dtype, device=values.device) + 0.5) / size
-    return values[(levels * len(values)).long()]
-
-
-def contact_sheet_gif(
-    path: str | Path,
-    columns: Mapping[str, Tensor],
+def contact_sheet(
+    columns: Mapping[str, Sequence[Tensor]],
     to_rgb: ToRgb,
     *,
     prompts: Sequence[str] = (),
     tile_width: int = 120,
     smooth: bool = True,
-    frames_per_second: float = 8.0,
-) -> None:
-    """Write an endlessly repeated gif: one row per video, one column per key of `columns` under its title.
+) -> list[Image.Image]:
+    """The frames of a picture of videos: one row per video, one column per key of `columns` under its title.
 
     Args:
         columns: title -> latents `[N, C, F, H, W]`, the same N and F everywhere; row i shows every column's video i.
         to_rgb: latents `[C, F, H, W]` -> pictures uint8 `[F, H', W', 3]`.
-        prompts: written above the rows, where given.
+        prompts: written above the rows, where given, cut where they are longer than a row.
         tile_width: pixels of a video's width in the picture; the height follows.
         smooth: bicubic enlargement instead of visible pixels.
     """
     videos = {title: [_enlarge(to_rgb(x), tile_width, smooth) for x in latents] for title, latents in columns.items()}
     if len({(len(rows), len(rows[0])) for rows in videos.values()}) != 1:
         counts = {title: (len(rows), len(rows[0])) for title, rows in videos.items()}
-        raise ValueError(f"contact_sheet_gif: columns differ in (videos, frames): {counts}")
+        raise ValueError(f"contact_sheet: columns differ in (videos, frames): {counts}")
     num_frames = len(next(iter(videos.values()))[0])
-    sheets = [_sheet(videos, frame, prompts) for frame in range(num_frames)]
+    return [_sheet(videos, frame, prompts) for frame in range(num_frames)]
+
+
+def write_sheets_gif(path: Path, sheets: Sequence[Image.Image], frames_per_second: float) -> None:
+    """Write the frames of a contact sheet as an endlessly repeated gif of one palette."""
     palette = Image.fromarray(np.concatenate([np.asarray(sheet) for sheet in sheets])).quantize(256)
     frames = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     frames[0].save(
         path, save_all=True, append_images=frames[1:], duration=round(1000 / frames_per_second), loop=0, optimize=False
@@ -135,5 +142,14 @@ def _sheet(videos: Mapping[str, list[list[Image.Image]]], frame: int, prompts: S
         for row, video in enumerate(rows):
             sheet.paste(video[frame], (left, _TITLE_HEIGHT + row * row_height + prompt_height))
     for row, prompt in enumerate(prompts[:num_rows]):
-        draw.text((_GAP, _TITLE_HEIGHT + row * row_height + 2), prompt, fill=_INK)
+        draw.text((_GAP, _TITLE_HEIGHT + row * row_height + 2), _cut(prompt, sheet.width - 2 * _GAP, draw), fill=_INK)
     return sheet
+
+
+def _cut(text: str, width: int, draw: ImageDraw.ImageDraw) -> str:
+    """`text` where it fits into `width` pixels, else its beginning and dots."""
+    if draw.textlength(text) <= width:
+        return text
+    while text and draw.textlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -13,13 +14,28 @@ from typing import Any, Literal, Self
 import torch
 import torch.distributed as dist
 from loguru import logger
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] (protobuf)
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sgmd_dist.durable import write_durably
+from sgmd_dist.wandb_run import WandbRun
 
 Reduction = Literal["mean", "sum"]
+
+# What the progress bar shows of the last log line, where the line has it, and the word for it.
+IN_BAR = {
+    "fake_score/residual": "residual",
+    "generator/teacher_fake_gap": "gap",
+    "fake_score/loss": "fake",
+    "generator/loss": "loss",
+    "generator/latent_motion": "motion",
+    "perf/tokens_per_s": "tokens/s",
+    "perf/mfu": "mfu",
+}
 
 
 class Metrics:
@@ -55,7 +71,8 @@ class Metrics:
     def timed(self, name: str) -> Iterator[None]:
         """Measure the seconds of a block, on the device's clock, as the metric `name` (mean)."""
         timer = Timer(self._device)
-        yield
+        with record_function(name):  # profiles show the block by the metric's name
+            yield
         timer.stop()
         self._timers.setdefault(name, []).append(timer)
 
@@ -105,10 +122,20 @@ class Timer:
 
 
 class RunLog(AbstractContextManager["RunLog"]):
-    """Where the main rank writes: metrics.jsonl, TensorBoard and a progress bar. Other ranks write nothing."""
+    """Where the main rank writes: metrics.jsonl, TensorBoard, W&B and a progress bar. Other ranks write nothing."""
 
-    def __init__(self, run_dir: Path, *, is_main: bool, tensorboard: bool, first_step: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        is_main: bool,
+        tensorboard: bool,
+        first_step: int,
+        num_steps: int,
+        wandb: WandbRun | None = None,
+    ) -> None:
         self._is_main = is_main
+        self._wandb = wandb
         self._path = run_dir / "metrics.jsonl"
         self._writer: SummaryWriter | None = None
         if is_main and tensorboard:
@@ -118,6 +145,12 @@ class RunLog(AbstractContextManager["RunLog"]):
         )
         if is_main:
             _cut_after(self._path, first_step)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What is logged up to now, line by line; nothing on other ranks."""
+        if self._is_main and self._path.exists():
+            with self._path.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
 
     def step(self) -> None:
         """Advance the progress bar."""
@@ -132,8 +165,18 @@ class RunLog(AbstractContextManager["RunLog"]):
         if self._writer is not None:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
-        shown = {name.split("/")[-1]: f"{value:.3g}" for name, value in scalars.items() if name.endswith("motion")}
-        self._bar.set_postfix(shown)
+        if self._wandb is not None:
+            self._wandb.write(step, scalars)
+        self._bar.set_postfix({word: _shown(scalars[name]) for name, word in IN_BAR.items() if name in scalars})
+
+    def animate(self, name: str, gif: bytes, step: int) -> None:
+        """Show an animated picture of optimizer step number `step` in TensorBoard."""
+        if self._writer is None or self._writer.file_writer is None:
+            return
+        with Image.open(io.BytesIO(gif)) as picture:
+            width, height = picture.size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -141,9 +184,16 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def __enter__(self) -> Self:
         return self
+
+
+def _shown(value: float) -> str:
+    """Three digits; thousands as 12.3k."""
+    return tqdm.format_sizeof(value) if 1000 <= value < 1e15 else f"{value:.3g}"
 
 
 def _cut_after(path: Path, step: int) -> None:

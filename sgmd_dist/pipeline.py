@@ -1,8 +1,7 @@
 """The generator as a whole diffusers pipeline, with a stock scheduler that takes the steps it was trained for.
 
     OUT/model_index.json  transformer/  (transformer_2/)  scheduler/  vae/  text_encoder/  tokenizer/
-    OUT/README.md         what it is, how to call it, and what it came from
-    OUT/recipe.yaml
+    OUT/README.md  recipe.yaml  the card
 
 VAE, encoders and tokenizer are copies of the pretrained pipeline's.
 """
@@ -12,62 +11,33 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers import __version__ as diffusers_version
 from torch import Tensor
 
-from sgmd_dist import checkpoint, flow
-from sgmd_dist.assemble import Which
+from sgmd_dist import flow
+from sgmd_dist.card import Origin, card, sigmas
 from sgmd_dist.errors import UserError
-from sgmd_dist.export import write_verified
+from sgmd_dist.export import AS_TRAINED, Form, cast_to, write_verified
 from sgmd_dist.models.base import VideoModel
-from sgmd_dist.sampling import Source
 
 INDEX = "model_index.json"
 PARTS = ("vae", "text_encoder", "tokenizer")
 IMAGE_PARTS = ("image_encoder", "image_processor")  # of image-to-video pipelines
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a pipeline is made from, for its card.
-
-    Attributes:
-        recipe: its resolved YAML.
-        facts: lines of the card's table, name and value.
-        pretrained: the pipeline that its other parts are copied from.
-    """
-
-    recipe: str
-    facts: Mapping[str, str]
-    pretrained: Path | None
-
-
-def origin_of(source: Source, which: Which) -> Origin:
-    """What a checkpoint tells of its weights, with the scores of the run's last evaluation."""
-    meta, recipe = checkpoint.read_meta(source.checkpoint), source.recipe
-    facts = {
-        "run": recipe.run.name,
-        "objective": recipe.objective.name,
-        "step": str(meta.step),
-        "weights": which,
-        "teacher": str(recipe.model.for_role("teacher").pretrained),
-        "data (SHA-256 of the index)": str(meta.stream.get("index_sha256")),
-        "versions": ", ".join(f"{name} {version}" for name, version in meta.versions.items()),
-    }
-    scores = source.checkpoint.parents[1] / "scores.json"
-    if scores.is_file():
-        after = json.loads(scores.read_text(encoding="utf-8"))["after"]
-        facts["last evaluation of the run"] = ", ".join(f"{name} {value:.3f}" for name, value in after.items())
-    return Origin((source.checkpoint / checkpoint.RECIPE_FILE).read_text(encoding="utf-8"), facts, source.pretrained)
-
-
 def export_pipeline(
-    weights: dict[str, Tensor], model: VideoModel, num_steps: int, shift: float, origin: Origin, folder: Path
+    weights: Mapping[str, Tensor],
+    model: VideoModel,
+    num_steps: int,
+    shift: float,
+    origin: Origin,
+    folder: Path,
+    form: Form = AS_TRAINED,
 ) -> int:
     """Write a pipeline's folder, verify its weights by reloading them; returns their count.
 
@@ -84,19 +54,21 @@ def export_pipeline(
             f"--pipeline: no scheduler of {type(model).__name__}'s diffusers pipeline takes the sigmas of the training;"
             " export the transformer without --pipeline and sample with launch/sample.py"
         )
+    cast = cast_to(weights, form.dtype)
 
     def write(aside: Path) -> None:
-        index = {"_diffusers_version": diffusers_version, **model.export_parts(weights, aside)}
+        index = {"_diffusers_version": diffusers_version, **model.export_parts(cast, aside, form.max_shard_size)}
         made = scheduler(num_steps, shift) if call == "steps" else FlowMatchEulerDiscreteScheduler(shift=shift)
         made.save_pretrained(aside / "scheduler")
         index["scheduler"] = ["diffusers", type(made).__name__]
         for part in PARTS if model.image_input is None else (*PARTS, *IMAGE_PARTS):
             index[part] = _copy_part(origin.pretrained, part, aside)
         (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        (aside / "recipe.yaml").write_text(origin.recipe, encoding="utf-8")
-        (aside / "README.md").write_text(_card(index["_class_name"], model, num_steps, shift, origin), encoding="utf-8")
+        texts = _card(index["_class_name"], model, num_steps, shift, form.dtype, origin)
+        for name, text in texts.items():
+            (aside / name).write_text(text, encoding="utf-8")
 
-    return write_verified(weights, folder, write, model.read_parts)
+    return write_verified(cast, folder, write, model.read_parts, form.notes)
 
 
 def scheduler(num_steps: int, shift: float) -> FlowMatchEulerDiscreteScheduler:
@@ -147,27 +119,17 @@ def _class_of(source: Path, part: str) -> list[str | None]:
     return ["transformers", config["tokenizer_class"] if part == "tokenizer" else config["architectures"][0]]
 
 
-def _card(pipeline: str, model: VideoModel, num_steps: int, shift: float, origin: Origin) -> str:
+def _card(
+    pipeline: str, model: VideoModel, num_steps: int, shift: float, dtype: torch.dtype, origin: Origin
+) -> dict[str, str]:
     kind, inputs = ("text", "prompt") if model.image_input is None else ("image", "image, prompt")
-    sigmas = ", ".join(f"{sigma:.4g}" for sigma in flow.sampling_sigmas(num_steps, shift)[:-1])
-    rows = "\n".join(f"| {name} | {value} |" for name, value in origin.facts.items())
-    return f"""---
-library_name: diffusers
-tags: [{kind}-to-video, distillation, sgmd]
----
-# A video generator of {num_steps} steps, made with sgmd_dist
-
+    use = f"""\
+    import torch
     from diffusers import {pipeline}
 
-    pipe = {pipeline}.from_pretrained("THIS FOLDER")
+    pipe = {pipeline}.from_pretrained("THIS FOLDER", torch_dtype={dtype})
     video = pipe({inputs}, num_inference_steps={num_steps}, guidance_scale=1.0).frames[0]
 
-The scheduler takes the sigmas of the training: {sigmas}. Other numbers of steps, and guidance, are not what it was
-trained for.
-
-| | |
-|---|---|
-{rows}
-
-`recipe.yaml` holds every key of the training.
-"""
+The scheduler takes the sigmas of the training: {sigmas((num_steps, shift))}. Other numbers of steps, and guidance, are
+not what it was trained for."""
+    return card(origin, f"A video generator of {num_steps} steps", use, kind)

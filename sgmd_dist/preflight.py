@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sgmd_dist import health, resume
+from sgmd_dist import health, profiling, resume, training_samples, wandb_run
 from sgmd_dist.assemble import build_objective, plan_networks
 from sgmd_dist.data.sources import check_sources, latent_shape_of
 from sgmd_dist.errors import UserError
@@ -28,6 +28,9 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
     generator = next(plan.model for plan in plans if "generator" in plan.roles)
     check_sources(recipe, generator, objective.needs_latents, objective.needs_pairs)
     health.check(recipe)
+    wandb_run.check(recipe)
+    profiling.check(recipe, layout)
+    training_samples.check(recipe)
     resume.decide(recipe)
     _check_attention(recipe, generator)
     lines = [

@@ -15,8 +15,10 @@ from pydantic_core import PydanticCustomError
 
 from sgmd_dist import registry
 from sgmd_dist.layout import Layout, place
+from sgmd_dist.samples_section import SamplesSection
 from sgmd_dist.schedule import NonNegative, Positive, UnitInterval, constant
 from sgmd_dist.section import Section, wrong
+from sgmd_dist.watch_sections import HealthSection, LoggingSection
 
 RoleName = Literal["teacher", "generator", "fake_score"]
 DType = Literal["bfloat16", "float32"]
@@ -295,39 +297,6 @@ class CheckpointSection(Section):
     asynchronous: bool = Field(default=True, alias="async")
 
 
-class LoggingSection(Section):
-    """Where metrics go beside metrics.jsonl and the progress bar."""
-
-    tensorboard: bool = True
-
-
-class MotionSection(Section):
-    """Every `every` steps `samples` videos of the generator are held against the guided teacher's of the same prompts
-    and noise, by their latent motion. Out of [`lowest`, `highest`] times the teacher's a warning is logged; with `stop`
-    the run saves and ends there, and counts as done. The teacher's videos take `teacher_steps` and are made once.
-    """
-
-    every: int = Field(default=100, ge=1)
-    samples: int = Field(default=16, ge=1)
-    teacher_steps: int = Field(default=30, ge=1)
-    lowest: float = Field(default=0.5, ge=0, le=1)
-    highest: float = Field(default=1.2, ge=1)
-    stop: bool = False
-
-
-class HealthSection(Section):
-    """What is watched beside the losses, and what follows. An update whose gradients are not finite is skipped on all
-    ranks; after `max_skipped` of a role in a row the run goes back to its last checkpoint, with new noise, at most
-    `rollbacks` times. `motion: null` watches no samples. A collective that some rank has not joined after `timeout`
-    seconds ends the run, and the log names that rank.
-    """
-
-    max_skipped: int = Field(default=20, ge=1)
-    rollbacks: int = Field(default=3, ge=0)
-    timeout: float = Field(default=1800.0, gt=0)
-    motion: MotionSection | None = None
-
-
 class Recipe(Section):
     """A whole run. Build it with `sgmd_dist.recipe_file.load_recipe`."""
 
@@ -338,6 +307,7 @@ class Recipe(Section):
     data: DataSection
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    samples: SamplesSection | None = None
     logging: LoggingSection = LoggingSection()
     health: HealthSection = HealthSection()
 

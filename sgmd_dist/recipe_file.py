@@ -8,7 +8,7 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -225,17 +225,18 @@ def _messages(
         origin = next((origins[k] for k in _prefixes(parts) if k in origins), path)
         value = _look_up(data, parts)
         if field is None:
-            expected = f"unknown key; {registry.allowed(parts[-1], names)}{_elsewhere(schema, parts)}"
+            near = _elsewhere(schema, parts) or registry.nearest(parts[-1], names)
+            expected = f"unknown key; allowed: {', '.join(names)}{near}"
         elif detail["type"] == "missing" and len(parts) == len(detail["loc"]):
-            yield parts[0], f"{path}: {key}: this key is required; expected {_expectation(field, None)}"
+            yield parts[0], f"{path}: {key}: this key is required; expected {expectation(field, None)}"
             continue
         elif detail["type"] in _OUR_ERRORS:
             expected = detail["msg"]
         elif detail["type"] == "value_error":
             expected = f"expected {detail['msg'].removeprefix('Value error, ')}"
         else:
-            expected = f"expected {_expectation(field, value)}"
-        is_section = isinstance(value, dict) and (field is None or _section_of(field) not in (None, Schedule))
+            expected = f"expected {expectation(field, value)}"
+        is_section = isinstance(value, dict) and (field is None or section_of(field) not in (None, Schedule))
         yield parts[0], f"{origin}: {key}{'' if is_section else f' = {_shown(value)}'}: {expected}"
 
 
@@ -254,7 +255,7 @@ def _locate(schema: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str
         fields = {known.alias or name: known for name, known in section.model_fields.items()}
         parts.append(str(part))
         field, names = fields.get(str(part)), list(fields)
-        section = _section_of(field) if field is not None else None
+        section = section_of(field) if field is not None else None
     return parts, field, names
 
 
@@ -262,12 +263,12 @@ def _elsewhere(schema: type[BaseModel], parts: list[str]) -> str:
     """A hint where a key stands at the top that belongs into a section."""
     if len(parts) > 1:
         return ""
-    sections = {name: _section_of(field) for name, field in schema.model_fields.items()}
+    sections = {name: section_of(field) for name, field in schema.model_fields.items()}
     homes = [name for name, section in sections.items() if section and parts[0] in section.model_fields]
     return f"; did you mean '{homes[0]}.{parts[0]}'?" if homes else ""
 
 
-def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
     for kind in _options(field.annotation):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
@@ -279,7 +280,7 @@ def _options(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
-def _expectation(field: FieldInfo, value: Any) -> str:
+def expectation(field: FieldInfo, value: Any) -> str:
     """What a field takes, in words: `an integer >= 1`."""
     if field.description:
         return field.description
@@ -305,7 +306,8 @@ def _kind(kind: Any) -> str:
     if get_origin(kind) in (tuple, list):
         inner = get_args(kind)
         number = f"{len(inner)} " if get_origin(kind) is tuple else ""
-        return f"a list of {number}{_PLURALS.get(inner[0], 'values')}"
+        one = get_args(inner[0])[0] if get_origin(inner[0]) is Annotated else inner[0]
+        return f"a list of {number}{_PLURALS.get(one, 'values')}"
     if kind is Schedule:
         return EXPECTED
     names = [field.alias or name for name, field in kind.model_fields.items()]

@@ -19,10 +19,12 @@ from sgmd_dist.durable import write_durably
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.roles import Roles
+from sgmd_dist.wandb_run import ID_FILE
 
 BRANCH_FILE = "resumed_from"
-HISTORY = ("metrics.jsonl", "tensorboard", checkpoint.ROLLBACKS_FILE)
-FREE_SECTIONS = ("run", "checkpoint", "logging", "health")  # may change between two parts of a run without a word
+HISTORY = ("metrics.jsonl", "tensorboard", "samples", checkpoint.ROLLBACKS_FILE, ID_FILE)
+# May change between two parts of a run without a word.
+FREE_SECTIONS = ("run", "checkpoint", "samples", "logging", "health")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def decide(recipe: Recipe) -> Beginning:
     chosen = _chosen(Path(choice))
     if run_dir.resolve() not in chosen[0].resolve().parents:
         return Beginning((*reversed(own), *chosen))
-    return Beginning(chosen, tuple(path for path in own if path.name > chosen[0].name))
+    later = tuple(path for path in own if path.name > chosen[0].name)
+    known_steps = (run_dir / ID_FILE,) if later and (run_dir / ID_FILE).exists() else ()
+    return Beginning(chosen, (*later, *known_steps))
 
 
 def _chosen(choice: Path) -> tuple[Path, ...]:

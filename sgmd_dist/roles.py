@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -33,6 +34,15 @@ class Ema:
         """shadow <- decay shadow + (1 - decay) parameters, which are those that the shadow was made of."""
         shadows, values = ([*map(local, tensors.values())] for tensors in (self.shadow, parameters))
         torch._foreach_lerp_(shadows, values, 1 - decay)
+
+    @torch.no_grad()
+    def exchange(self, parameters: Mapping[str, Tensor]) -> None:
+        """Give the average's values to the parameters and theirs to the average, tensor by tensor and bit by bit."""
+        for name, shadow in self.shadow.items():
+            mine, other = local(shadow), local(parameters[name])
+            kept = other.clone()
+            other.copy_(mine)
+            mine.copy_(kept)
 
 
 class Call(NamedTuple):
@@ -185,6 +195,24 @@ class Role:
         if value != self.is_training:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(value)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Run the role with its average's weights inside the context, without a second network in memory.
+
+        Weights and average trade places: nobody may read or write either meanwhile, as a save that copies them would.
+        """
+        assert self.ema is not None, f"{self.name} has no average"
+        self._trade(self.ema)
+        try:
+            yield
+        finally:
+            self._trade(self.ema)
+
+    def _trade(self, ema: Ema) -> None:
+        for unit in self._units:  # one that is still gathered would run with the weights of before
+            unit.reshard()
+        ema.exchange(self.parameters)
 
     def step(self, step: int, max_grad_norm: float, lr_factor: float) -> Tensor:
         """Clip, update the weights, clear the gradients; returns the gradient norm before clipping (a scalar).

@@ -17,8 +17,8 @@ from sgmd_dist import checkpoint, rng
 from sgmd_dist.checkpoint import Loaded, together
 from sgmd_dist.durable import write_durably
 from sgmd_dist.errors import UserError
-from sgmd_dist.recipe import HealthSection
 from sgmd_dist.roles import Roles
+from sgmd_dist.watch_sections import HealthSection
 
 _MEND = (
     "the gradients are not finite, or their norm is not: lower optim.generator.lr or optim.fake_score.lr, look for"

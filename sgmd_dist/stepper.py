@@ -16,6 +16,7 @@ from sgmd_dist.objectives.base import Objective, Phase, StepState
 from sgmd_dist.parallel.mesh import Mesh
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.roles import build_roles
+from sgmd_dist.throughput import Throughput
 from sgmd_kernels import dispatch
 
 
@@ -55,6 +56,7 @@ class Stepper:
         self._skipped_in_a_row: dict[str, Tensor] = {}
         self._longest_row = torch.zeros((), device=mesh.device)
         self._batches = batches
+        self._throughput = Throughput(recipe, mesh.device)
         self._steps_since_taken = 0
         self._keeps_batches = False
         self._waited_s = 0.0
@@ -119,10 +121,11 @@ class Stepper:
         return batch
 
     def take_scalars(self) -> dict[str, float]:
-        """The metrics since the last call, over all ranks, with the network passes per sample. Collective."""
+        """The metrics since the last call, over all ranks, with rates and the network passes per sample. Collective."""
+        self._throughput.record(self.metrics, self.roles, self._steps_since_taken)
         sharers = self.mesh.layout.sequence_size  # each does a part of every pass
         scale = self.recipe.data.global_batch_size * self._steps_since_taken * sharers
         self._steps_since_taken = 0
         for name, passes in self.roles.take_passes().items():
             self.metrics.record(f"passes/{name}", passes / scale, reduce="sum")
-        return self.metrics.flush()
+        return self._throughput.rates(self.metrics.flush())

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from loguru import logger
 
 from sgmd_dist import checkpoint
+from sgmd_dist.alarms import Alarms
 from sgmd_dist.assemble import build_model, build_networks, build_objective
 from sgmd_dist.batch import Batch
 from sgmd_dist.data.index import ShardIndex
@@ -24,12 +25,15 @@ from sgmd_dist.health import MotionWatch
 from sgmd_dist.metrics import RunLog
 from sgmd_dist.parallel.mesh import Mesh
 from sgmd_dist.parallel.sequence import agree
-from sgmd_dist.preemption import stop_requests
+from sgmd_dist.preemption import profile_requests, stop_requests
+from sgmd_dist.profiling import Profiler
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import dump_recipe
 from sgmd_dist.resume import begin
 from sgmd_dist.rollback import Rollbacks
 from sgmd_dist.stepper import Stepper
+from sgmd_dist.training_samples import TrainingSamples
+from sgmd_dist.wandb_run import WandbRun
 
 LOCK_FILE = ".lock"
 End = Literal["done", "stopped", "failing"]
@@ -43,6 +47,8 @@ class Trainer(Stepper):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._held = ExitStack()
         self._stop = self._held.enter_context(stop_requests())
+        profile = self._held.enter_context(profile_requests())
+        self._profiler = Profiler(recipe.logging.profile, self.run_dir, mesh, profile)
         if mesh.is_main:
             self._held.enter_context(lock(self.run_dir / LOCK_FILE, "run.dir is in use by another run"))
         objective = build_objective(recipe)
@@ -54,6 +60,8 @@ class Trainer(Stepper):
         super().__init__(recipe, mesh, objective, networks, self._batches_read)
         motion = recipe.health.motion
         self._motion = None if motion is None else MotionWatch(motion, recipe, mesh, index, self.roles)
+        samples = recipe.samples
+        self._samples = None if samples is None else TrainingSamples(samples, recipe, mesh, self.roles)
         self.saver = checkpoint.Saver(
             self.run_dir,
             recipe=dump_recipe(recipe),
@@ -91,11 +99,16 @@ class Trainer(Stepper):
     def _train(self) -> End:
         steps, every = self.recipe.run.steps, self.recipe.checkpoint.every
         end: End = "done"
-        with self._open_log() as log:
+        with self._open_log() as log, self._profiler:
+            self._alarms = Alarms(self.recipe.health.alarms if self.mesh.is_main else None, log.lines())
+            if self.step == 0:
+                self._take_samples(log)
             while self.step < steps:
+                self._profiler.before_step(self.step + 1)
                 self.train_step()
-                stopping = self._settle()
-                ended = self._motion_ends_it()
+                stopping, ended = self._settle()
+                ended |= self._motion_ends_it()
+                self._take_samples(log, at_once=ended)
                 if self._log(log, at_once=stopping or ended) >= self.recipe.health.max_skipped:
                     end = "failing"
                     break
@@ -110,15 +123,21 @@ class Trainer(Stepper):
             self.saver.wait()
         return end
 
-    def _settle(self) -> bool:
-        """Let all ranks know what happened to some in the last step; True if the run is to stop. Collective."""
+    def _settle(self) -> tuple[bool, bool]:
+        """Let all ranks know what happened to some by the end of the last step. Collective.
+
+        Returns:
+            Whether somebody asked the run to stop, and whether an alarm ends it.
+        """
         lost = self._batches_read.take_lost()
-        stopping, failed, num_lost = _over_ranks(self._stop.is_set, self.saver.has_failed, lost.count)
+        stopping, alarmed, failed, num_lost = _over_ranks(
+            self._stop.is_set, self._alarms.ends_run, self.saver.has_failed, lost.count
+        )
         if num_lost:
             self.stream.settle(num_lost // self.mesh.layout.sequence_size, _from_all_ranks(lost.messages))
         if failed:
             self.saver.wait()  # raises, on every rank
-        return bool(stopping)
+        return bool(stopping), bool(alarmed)
 
     def _go_back(self) -> None:
         """To the newest checkpoint, to go on with new noise. Collective; raises as `Rollbacks.go_back`."""
@@ -138,6 +157,7 @@ class Trainer(Stepper):
             tensorboard=self.recipe.logging.tensorboard,
             first_step=self.step,
             num_steps=self.recipe.run.steps,
+            wandb=WandbRun(self.recipe) if self.mesh.is_main and self.recipe.logging.wandb else None,
         )
 
     def _motion_ends_it(self) -> bool:
@@ -145,9 +165,19 @@ class Trainer(Stepper):
         if self._motion is None or self.step % self._motion.section.every:
             return False
         with self.metrics.timed("time/motion_s"):
-            ratio, ends = self._motion.check(self.step)
-        self.metrics.record("health/motion_ratio", ratio)
+            found, ends = self._motion.check(self.step)
+        for name, value in found.items():
+            self.metrics.record(name, value)
         return ends
+
+    def _take_samples(self, log: RunLog, *, at_once: bool = False) -> None:
+        """Write videos of the generator, where the recipe says so. Collective."""
+        if self._samples is None or not (self._samples.is_due(self.step) or at_once):
+            return
+        self.before_write()  # weights and average trade places for a while
+        with self.metrics.timed("time/samples_s"):
+            for name, sheet in self._samples.take(self.step).items():
+                log.animate(f"samples/{name}", sheet, self.step)
 
     def before_write(self) -> None:
         """Wait until a save in flight has copied the tensors that the optimizer is about to change."""
@@ -164,7 +194,8 @@ class Trainer(Stepper):
             self.metrics.record(name, value)
         self.metrics.record("data/retries", self.stream.retries - self._retries_logged, reduce="sum")
         self._retries_logged = self.stream.retries
-        log.write(self.step, self.take_scalars())
+        scalars = self.take_scalars()
+        log.write(self.step, scalars | self._alarms.look(self.step, scalars))
         return self.take_longest_row()
 
     def close(self) -> None:

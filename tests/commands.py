@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -55,9 +56,12 @@ def run(command: str) -> Done:
     return Done(finished.returncode, finished.stdout)
 
 
-def run_forked(command: str) -> Done:
+def run_forked(command: str, kill_when: Callable[[], bool] | None = None) -> Done:
     """`run` for `python launch/NAME.py ...` and `torchrun --nproc-per-node=N launch/NAME.py ...` without the seconds in
     which each process imports torch, transformers and so on.
+
+    Args:
+        kill_when: looked at all the time; where it becomes true, all processes get SIGKILL.
 
     Raises:
         TimeoutError: it did not end within `TIMEOUT_S`; it was killed.
@@ -74,6 +78,12 @@ def run_forked(command: str) -> Done:
         for process in processes:
             process.start()
         deadline = time.monotonic() + TIMEOUT_S
+        if kill_when is not None:
+            while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+                if kill_when():
+                    for process in processes:
+                        process.kill()
+                time.sleep(0.005)
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
         if any(process.exitcode is None for process in processes):

@@ -11,7 +11,7 @@ IMPORTED = [
     "sgmd_dist.benchmarks.step",
     "sgmd_dist.data.world",
     "sgmd_dist.dryrun",
-    "sgmd_dist.evaluation",
+    "sgmd_dist.evaluation_files",
     "sgmd_dist.export",
     "sgmd_dist.models.wan",
     "sgmd_dist.objectives.dmd2",

@@ -36,12 +36,12 @@ from sgmd_dist.planner.machine import Machine
 from sgmd_dist.planner.plan import make_plan
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.roles import Call, Role, with_blank_image
+from sgmd_dist.throughput import peak_tflops
 from sgmd_dist.trainer import Trainer
 
 BUDGET = 1.05  # step time over that of its passes
 WARM_UP_STEPS = 2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}  # bfloat16, dense, by a part of the name
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class MeasuredTrainer(Trainer):
         recomputes = self.recipe.parallel.activation_checkpointing != "none"
         passes = sum(count * call.passes(recomputes=recomputes) for (_, call), count in calls.items())
         tokens = self._num_tokens(calls)
-        peak_tflops = next((peak for part, peak in PEAK_TFLOPS.items() if part in machine()["device"]), None)
+        peak = peak_tflops(machine()["device"])
         return StepReport(
             recipe=self.recipe.run.name,
             world_size=self.mesh.layout.world_size,
@@ -256,7 +256,7 @@ class MeasuredTrainer(Trainer):
             sample_passes=passes / num_steps / samples,
             tokens_per_s=data.global_batch_size * tokens / seconds["step"],
             model_tflops=model_tflops,
-            mfu=None if peak_tflops is None else model_tflops / peak_tflops,
+            mfu=None if peak is None else model_tflops / peak,
             peak_bytes=peak_bytes,
             planned_bytes=self._planned_bytes(),
             peak_is="max_memory_allocated" if self.mesh.device.type == "cuda" else "growth of the resident set",

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from sgmd_dist.checkpoint import folder
 from sgmd_dist.checkpoint.agreement import failure_of, together
 from sgmd_dist.checkpoint.folder import DamagedCheckpoint, Meta, damaged, unfit
-from sgmd_dist.checkpoint.state import Tree, checksums, local_checksums, training_state
+from sgmd_dist.checkpoint.state import Tree, checksums, training_state
+from sgmd_dist.checksum import sum_of_bits, wrap
 from sgmd_dist.errors import UserError
 from sgmd_dist.roles import Roles
 
@@ -74,7 +75,7 @@ def load(checkpoint: Path, roles: Roles) -> Meta:
 
 
 def load_tree(checkpoint: Path, name: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """One tree of a checkpoint as full float32 tensors on the CPU, in one process without a process group.
+    """One tree of a checkpoint as full float32 tensors on the CPU, by this process alone.
 
     Raises:
         UserError: the checkpoint has no such tree, or is damaged.
@@ -87,7 +88,7 @@ def load_tree(checkpoint: Path, name: str, shapes: dict[str, torch.Size]) -> dic
     tensors = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items()}
     _check_shapes({name: tensors}, checkpoint, meta)
     _fill({name: tensors}, checkpoint, no_dist=True)
-    if local_checksums({name: tensors}) != {name: meta.checksums[name]}:
+    if wrap(sum(sum_of_bits(tensor) for tensor in tensors.values())) != meta.checksums[name]:
         raise damaged(checkpoint, f"the checksum of '{name}' differs")
     return tensors
 

@@ -165,7 +165,7 @@ def read_negative_embeds(source: Path) -> Tensor:
     return embeds
 
 
-def crc32_of(*parts: bytes | bytearray) -> int:
+def crc32_of(*parts: bytes | bytearray | memoryview) -> int:
     """The crc32 of `parts` one after the other."""
     crc32 = 0
     for part in parts:

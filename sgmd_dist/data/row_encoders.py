@@ -193,10 +193,15 @@ def transformer_latents(pretrained: Path, video: Bucket, said: str) -> LatentSha
     """(C, F, H, W) of the latents that a diffusers folder's transformer has for videos like `video`.
 
     Raises:
-        UserError: the folder has no transformer of a family here, or it takes no such videos; the message begins with
-            `said`.
+        UserError: the folder has no transformer of a family here, it takes no such videos, or captions alone do not
+            suffice; the message begins with `said`.
     """
     model = _transformer(pretrained)
+    if model.image_input is not None:
+        raise UserError(
+            f"--pretrained {pretrained}: this is an image-to-video model, which needs images beside captions; make its"
+            " shards with launch/prepare.py videos"
+        )
     try:
         return model.latent_shape(video.num_frames, video.height, video.width)
     except UserError as error:

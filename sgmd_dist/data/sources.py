@@ -129,7 +129,7 @@ def _check_source(source: str, recipe: Recipe, model: VideoModel) -> _Kept:
 def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
     if not source.startswith((WORLD, PROMPTS)):
         return source
-    encoder_folder = _text_encoder_folder(recipe)
+    encoder_folder = text_encoder_folder(recipe, f"data.shards = {_shown(recipe.data.shards)}")
     if source.startswith(WORLD):
         world, dtype = _world(source), torch.float32
         facts = [source, WORLD_SAMPLES, WORLD_SEED, repr(world)]
@@ -225,17 +225,23 @@ def captions_in(file: str, said: str) -> list[str]:
 
 
 def _check_text_encoder(recipe: Recipe, model: VideoModel) -> None:
-    known_encoding(model.text_encoding, f"data.shards = {_shown(recipe.data.shards)}")
-    _text_encoder_folder(recipe)
+    wanted_by = f"data.shards = {_shown(recipe.data.shards)}"
+    known_encoding(model.text_encoding, wanted_by)
+    text_encoder_folder(recipe, wanted_by)
 
 
-def _text_encoder_folder(recipe: Recipe) -> Path:
+def text_encoder_folder(recipe: Recipe, wanted_by: str) -> Path:
+    """The folder of the recipe's text encoder.
+
+    Raises:
+        UserError: there is none; `wanted_by` says for what.
+    """
     key, folder = "data.text_encoder", recipe.data.text_encoder
     if folder is None:
         key, folder = "model.pretrained", recipe.model.pretrained
     if folder is None or not all((Path(folder) / part).is_dir() for part in TEXT_PARTS):
         raise UserError(
-            f"{key} = {folder!r}: data.shards = {_shown(recipe.data.shards)} needs a text encoder; set"
+            f"{key} = {folder!r}: {wanted_by} needs a text encoder; set"
             " data.text_encoder to a diffusers folder with text_encoder/ and tokenizer/"
         )
     return Path(folder)

@@ -7,8 +7,8 @@ import itertools
 import os
 import threading
 import time
-import zlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -16,8 +16,15 @@ import numpy as np
 import torch
 
 from sgmd_dist.data.buffers import Bytes
-from sgmd_dist.data.foreign import fill_foreign
-from sgmd_dist.data.format import VIDEO_TENSORS, CorruptSample, TensorSpan, safetensors_header_bytes, safetensors_layout
+from sgmd_dist.data.foreign import crc32_of, fill_foreign
+from sgmd_dist.data.format import (
+    VIDEO_TENSORS,
+    CorruptSample,
+    TensorSpan,
+    is_finite,
+    safetensors_header_bytes,
+    safetensors_layout,
+)
 from sgmd_dist.data.index import ShardIndex
 from sgmd_dist.errors import UserError
 
@@ -161,10 +168,15 @@ class Worker(threading.Thread):
             os.close(descriptor)
 
     def _fill(self, job: Job, file: int) -> None:
+        check_crc = self._options.check_crc
         if (place := self._index.foreign_place(job.sample)) is not None:
-            width, check_crc = self._index.embed_dim, self._options.check_crc
-            fill_foreign(file, place, job.latent_shape, width, job.rows, check_crc=check_crc)
-            return
+            fill_foreign(file, place, job.latent_shape, self._index.embed_dim, job.rows, check_crc=check_crc)
+        else:
+            self._fill_own(job, file)
+        if check_crc:
+            _check_finite(job.rows)
+
+    def _fill_own(self, job: Job, file: int) -> None:
         offset, size = int(self._index.offset[job.sample]), int(self._index.size[job.sample])
         head = np.empty(min(_HEAD_BYTES, size), dtype=np.uint8)
         _read_into(file, [head], offset)
@@ -178,11 +190,7 @@ class Worker(threading.Thread):
         parts = self._places(spans, job.rows)
         _read_into(file, parts, offset + start)
         if self._options.check_crc:
-            crc32 = zlib.crc32(head.data[:start])
-            for part in parts:
-                crc32 = zlib.crc32(part.data, crc32)
-            if crc32 != (expected := int(self._index.crc32[job.sample])):
-                raise CorruptSample(f"crc32 is {crc32:08x}, the index says {expected:08x}: the bytes are damaged")
+            _check_crc([head[:start], *parts], int(self._index.crc32[job.sample]))
 
     def _places(self, spans: list[TensorSpan], rows: dict[str, Bytes]) -> list[Bytes]:
         """Where the bytes of each tensor go, in file order: into `rows` as far as they fit, the rest into scratch."""
@@ -198,6 +206,18 @@ class Worker(threading.Thread):
         for span, part in zip(spans, kept, strict=True):
             rows.get(span.name, nothing)[part.size :] = 0  # text padding: a reused buffer holds older text
         return [part for part in parts if part.size]
+
+
+def _check_crc(parts: list[Bytes], expected: int) -> None:
+    if (crc32 := crc32_of(*(part.data for part in parts))) != expected:
+        raise CorruptSample(f"crc32 is {crc32:08x}, the index says {expected:08x}: the bytes are damaged")
+
+
+def _check_finite(rows: Mapping[str, Bytes]) -> None:
+    """Refuse what only an index that no writer of ours made has a checksum of."""
+    for name, row in rows.items():
+        if not is_finite(torch.from_numpy(row).view(torch.bfloat16)):
+            raise CorruptSample(f"'{name}' holds values that are not finite; encode the sample again")
 
 
 def _check_tensors(spans: list[TensorSpan], job: Job, width: int, image_shape: tuple[int, ...]) -> None:

@@ -17,6 +17,7 @@ from sgmd_dist.models._folder import checked, read_config, refuse_other, transfo
 from sgmd_dist.models._strides import num_latents
 from sgmd_dist.models._traced_costs import traced_costs
 from sgmd_dist.models.base import (
+    MAX_SHARD_SIZE,
     AttentionShape,
     ImageInput,
     LatentShape,
@@ -53,6 +54,7 @@ class DiffusersModel:
     boundaries: tuple[float, ...] = ()
     image_input: ImageInput | None = None
     text_encoding: TextEncoding | None = None
+    image_input: ImageInput | None = None
     splits_sequences: bool = False
     has_fused_blocks: bool = False
     scheduler_call: SchedulerCall | None = None
@@ -144,17 +146,19 @@ class DiffusersModel:
     def smallest_latents(self) -> LatentShape:
         return (self.channels, *self.patch)
 
-    def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+    def export(self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         with torch.device("meta"):
             module: Any = self.build()
         module.load_state_dict(state_dict, assign=True)
-        module.save_pretrained(folder)
+        module.save_pretrained(folder, max_shard_size=max_shard_size)
 
     def read_export(self, folder: Path) -> dict[str, Tensor]:
         return cast(nn.Module, self.network.from_pretrained(folder, local_files_only=True)).state_dict()
 
-    def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
-        self.export(state_dict, folder / "transformer")
+    def export_parts(
+        self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE
+    ) -> dict[str, Any]:
+        self.export(state_dict, folder / "transformer", max_shard_size)
         return {"_class_name": self.pipeline, "transformer": ["diffusers", self.network.__name__]}
 
     def read_parts(self, folder: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ below. Their parameters are named `high.*` and `low.*`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 
 from sgmd_dist import flow, rng
 from sgmd_dist.conditions import Condition
+from sgmd_dist.models._wan_original import (
+    read_original,
+    read_original_adapter,
+    write_original,
+    write_original_adapter,
+)
 from sgmd_dist.models.base import (
+    MAX_SHARD_SIZE,
     AttentionShape,
     LatentShape,
     PassCosts,
@@ -55,11 +63,11 @@ class WanExperts:
         self.expert = expert
         self.config = expert.config
         self.compute_dtype = expert.compute_dtype
+        self.image_input = expert.image_input
         self.splits_sequences = expert.splits_sequences
         self.has_fused_blocks = expert.has_fused_blocks
         self.text_encoding = expert.text_encoding
         self.scheduler_call: SchedulerCall | None = expert.scheduler_call
-        self.image_input = expert.image_input
         self.boundaries = (boundary_ratio,)
         self.boundary_ratio = boundary_ratio
         self.expand_timesteps = expand_timesteps
@@ -128,14 +136,16 @@ class WanExperts:
     def text_dim(self) -> int:
         return self.expert.text_dim()
 
-    def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+    def export(self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         """Write both transformers' folders, and beside them as much of a pipeline's index as tells what they are."""
-        index = self.export_parts(state_dict, folder)
+        index = self.export_parts(state_dict, folder, max_shard_size)
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+    def export_parts(
+        self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE
+    ) -> dict[str, Any]:
         for which, name in FOLDERS.items():
-            self.expert.export(_part_of(state_dict, which), folder / name)
+            self.expert.export(_part_of(state_dict, which), folder / name, max_shard_size)
         pipeline = "WanPipeline" if self.image_input is None else "WanImageToVideoPipeline"
         index: dict[str, Any] = {"_class_name": pipeline, **dict.fromkeys(FOLDERS.values(), _CLASS)}
         return index | {"boundary_ratio": self.boundary_ratio, "expand_timesteps": self.expand_timesteps}
@@ -149,20 +159,31 @@ class WanExperts:
             self.expert.export_adapter(_part_of(weights, which), facts, folder / name)
 
     def read_adapter(self, folder: Path) -> dict[str, Tensor]:
-        return {
-            f"{which}.{key}": tensor
-            for which, name in FOLDERS.items()
-            for key, tensor in self.expert.read_adapter(folder / name).items()
-        }
+        return _of_both(lambda which: self.expert.read_adapter(folder / FOLDERS[which]))
 
     def read_export(self, folder: Path) -> dict[str, Tensor]:
-        return {
-            f"{which}.{key}": tensor
-            for which, name in FOLDERS.items()
-            for key, tensor in self.expert.read_export(folder / name).items()
-        }
+        return _of_both(lambda which: self.expert.read_export(folder / FOLDERS[which]))
+
+    def export_original(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+        for which in FOLDERS:
+            write_original(_part_of(state_dict, which), folder / f"{which}_noise_model.safetensors")
+
+    def read_original(self, folder: Path) -> dict[str, Tensor]:
+        return _of_both(lambda which: read_original(folder / f"{which}_noise_model.safetensors"))
+
+    def export_original_adapter(self, weights: dict[str, Tensor], folder: Path) -> None:
+        for which in FOLDERS:
+            write_original_adapter(_part_of(weights, which), folder / f"{which}_noise_lora.safetensors")
+
+    def read_original_adapter(self, folder: Path) -> dict[str, Tensor]:
+        return _of_both(lambda which: read_original_adapter(folder / f"{which}_noise_lora.safetensors"))
 
 
 def _part_of(tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
     """The tensors of one expert, by its own names."""
     return {key.removeprefix(f"{which}."): t for key, t in tensors.items() if key.startswith(f"{which}.")}
+
+
+def _of_both(read: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of both experts, by the pair's names."""
+    return {f"{which}.{key}": tensor for which in FOLDERS for key, tensor in read(which).items()}

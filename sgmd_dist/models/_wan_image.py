@@ -22,13 +22,14 @@ from sgmd_dist.models.base import ImageInput
 MASK_CHANNELS = 4  # frames of a latent frame
 TEXT_TOKENS = 512  # of networks with image embeddings, whose context ends with so many: as in diffusers
 NUM_EMBEDS = 257  # of CLIP ViT-H/14 at 224 pixels: a class and 16 x 16 patches
+_UNUSED = ("norm_added_q",)  # of queries that the network does not have; diffusers passes over it too
 
 
 def image_input_of(config: Mapping[str, Any]) -> ImageInput | None:
     """What a `WanTransformer3DModel` of these arguments takes of an image; None for text to video."""
     if config["in_channels"] == config["out_channels"]:
         return None
-    return ImageInput() if config["image_dim"] is None else ImageInput(NUM_EMBEDS, config["image_dim"])
+    return ImageInput() if config["image_dim"] is None else ImageInput(NUM_EMBEDS, config["image_dim"], _UNUSED)
 
 
 def wrong_channels(config: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from sgmd_dist.conditions import Condition
 
 LatentShape = tuple[int, int, int, int]  # (C, F, H, W) of one video's latents
 Gradient = Literal["none", "input", "weights"]  # what backward computes: nothing, the input's gradient, or the weights'
+MAX_SHARD_SIZE = "5GB"  # of a file of an exported folder
 
 # How a family's pipeline asks its scheduler: by a number of steps, or with times 1, 1 - 1/n, ... that it then shifts.
 SchedulerCall = Literal["steps", "sigmas"]
@@ -157,11 +158,13 @@ class PassCosts:
 class ImageInput:
     """What an image-to-video network takes beside the text: the image as latents, and in some its embeddings.
 
-    `num_embeds` embeddings of `embed_dim` numbers each; 0 where it takes none.
+    `num_embeds` embeddings of `embed_dim` numbers each; 0 where it takes none. `unused_tensors`: parts of the names of
+    tensors that published files hold beside those of the network, which has no use for them.
     """
 
     num_embeds: int = 0
     embed_dim: int = 0
+    unused_tensors: tuple[str, ...] = ()
 
 
 class SequenceAxis(Protocol):
@@ -322,15 +325,21 @@ class VideoModel(RunnableModel, Protocol):
         """
         ...
 
-    def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:
-        """Write a full (unsharded) state dict as the family's diffusers folder."""
+    def export(self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+        """Write a full (unsharded) state dict as the family's diffusers folder, in the dtype of its tensors.
+
+        Args:
+            max_shard_size: larger networks are split into files of at most this size, as diffusers takes it: "5GB".
+        """
         ...
 
     def read_export(self, folder: Path) -> dict[str, Tensor]:
         """Load an exported folder with diffusers' own loader; returns its state dict."""
         ...
 
-    def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+    def export_parts(
+        self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE
+    ) -> dict[str, Any]:
         """Write parameters as the transformers of a pipeline's folder; returns the pipeline's class and what else its
         model_index.json says of them."""
         ...
@@ -349,4 +358,25 @@ class VideoModel(RunnableModel, Protocol):
 
     def read_adapter(self, folder: Path) -> dict[str, Tensor]:
         """Load an exported adapter with diffusers' own loader; returns its tensors by diffusers' names."""
+        ...
+
+
+@runtime_checkable
+class OriginalNames(Protocol):
+    """A `VideoModel` whose tensors also have the names of the model's first release, outside of diffusers."""
+
+    def export_original(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+        """Write parameters by those names, one safetensors file for each network."""
+        ...
+
+    def read_original(self, folder: Path) -> dict[str, Tensor]:
+        """Load such a folder by diffusers' own conversion; returns its parameters."""
+        ...
+
+    def export_original_adapter(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write an adapter's tensors by those names, one safetensors file for each network, alpha as the rank."""
+        ...
+
+    def read_original_adapter(self, folder: Path) -> dict[str, Tensor]:
+        """Load such a folder with diffusers' own loader; returns its tensors by diffusers' names."""
         ...

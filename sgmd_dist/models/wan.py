@@ -25,7 +25,14 @@ from sgmd_dist.models._wan_experts import WanExperts
 from sgmd_dist.models._wan_folder import read_folder
 from sgmd_dist.models._wan_fused import fuse
 from sgmd_dist.models._wan_image import TEXT_TOKENS, image_input_of, network_inputs, wrong_channels
+from sgmd_dist.models._wan_original import (
+    read_original,
+    read_original_adapter,
+    write_original,
+    write_original_adapter,
+)
 from sgmd_dist.models.base import (
+    MAX_SHARD_SIZE,
     TEXT_ENCODING,
     AttentionShape,
     LatentShape,
@@ -268,17 +275,19 @@ class Wan:
     def text_dim(self) -> int:
         return self.config["text_dim"]
 
-    def export(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+    def export(self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         with torch.device("meta"):
             module = cast(WanTransformer3DModel, self.build())
         module.load_state_dict(state_dict, assign=True)
-        module.save_pretrained(folder)
+        module.save_pretrained(folder, max_shard_size=max_shard_size)
 
     def read_export(self, folder: Path) -> dict[str, Tensor]:
         return cast(nn.Module, WanTransformer3DModel.from_pretrained(folder, local_files_only=True)).state_dict()
 
-    def export_parts(self, state_dict: dict[str, Tensor], folder: Path) -> dict[str, Any]:
-        self.export(state_dict, folder / "transformer")
+    def export_parts(
+        self, state_dict: dict[str, Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE
+    ) -> dict[str, Any]:
+        self.export(state_dict, folder / "transformer", max_shard_size)
         return {
             "_class_name": "WanPipeline" if self.image_input is None else "WanImageToVideoPipeline",
             "transformer": ["diffusers", "WanTransformer3DModel"],
@@ -298,3 +307,15 @@ class Wan:
     def read_adapter(self, folder: Path) -> dict[str, Tensor]:
         found = WanLoraLoaderMixin.lora_state_dict(str(folder), use_safetensors=True, local_files_only=True)
         return {name.removeprefix("transformer."): tensor for name, tensor in cast(dict[str, Tensor], found).items()}
+
+    def export_original(self, state_dict: dict[str, Tensor], folder: Path) -> None:
+        write_original(state_dict, folder / "model.safetensors")
+
+    def read_original(self, folder: Path) -> dict[str, Tensor]:
+        return read_original(folder / "model.safetensors")
+
+    def export_original_adapter(self, weights: dict[str, Tensor], folder: Path) -> None:
+        write_original_adapter(weights, folder / "lora.safetensors")
+
+    def read_original_adapter(self, folder: Path) -> dict[str, Tensor]:
+        return read_original_adapter(folder / "lora.safetensors")

@@ -41,17 +41,21 @@ def fill(parameters: Mapping[str, Tensor], value: Callable[[str, tuple[int, ...]
 
 
 @torch.no_grad()
-def load_safetensors(parameters: Mapping[str, Tensor], files: Mapping[str, Sequence[Path]]) -> Loaded:
+def load_safetensors(
+    parameters: Mapping[str, Tensor], files: Mapping[str, Sequence[Path]], unused: Sequence[str] = ()
+) -> Loaded:
     """Copy this rank's slices of `parameters` from `files`, one slice at a time. Collective in a process group.
 
     Args:
         parameters: by name, sharded or whole.
         files: by prefix: the parameter `prefix + name` is the tensor `name` of one of these files.
+        unused: tensors with one of these in their names are not asked for a parameter.
 
     Raises:
         UserError: missing, unexpected or mis-shaped keys, or an unreadable file; nothing is loaded then.
     """
-    where = {prefix + name: found for prefix, paths in files.items() for name, found in _tensors(paths).items()}
+    there = {prefix + name: found for prefix, paths in files.items() for name, found in _tensors(paths).items()}
+    where = {n: found for n, found in there.items() if n in parameters or not any(part in n for part in unused)}
     _check_names(parameters, where, files)
     num_bytes = checksum = 0
     for name, parameter in parameters.items():

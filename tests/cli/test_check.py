@@ -53,6 +53,15 @@ def test_the_plan_explains_the_layout_of_a_sequence(local_wan: Path) -> None:
         ("recipes/tiny_sgmd.yaml data.shards=world:moving_shape", "world:moving_shapes"),
         ("recipes/tiny_sgmd.yaml data.shards=/nowhere", "/nowhere"),
         ("recipes/tiny_sgmd.yaml model.pretrained=recipes", "transformer"),
+        ("recipes/tiny_sgmd.yaml samples.prompts=nowhere.txt", "samples.prompts = 'nowhere.txt': no such file"),
+        ("recipes/tiny_sgmd.yaml samples.prompts=[]", "samples.prompts"),
+        ("recipes/tiny_sgmd.yaml samples.every=5", "samples.prompts"),
+        ("recipes/tiny_sgmd.yaml samples.prompts=[a] samples.seeds=[1,1]", "expected each once"),
+        ("recipes/tiny_sgmd.yaml samples.prompts=[a] data.text_encoder=recipes", "data.text_encoder = 'recipes'"),
+        (
+            "recipes/tiny_teacher.yaml samples.prompts=[a]",
+            "objective.name = flow_matching trains no few-step generator",
+        ),
         ("recipes/tiny_sgmd.yaml parallel.attention=cudnn", "parallel.attention = cudnn: needs float16 or bfloat16"),
     ],
 )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import REPO, Done, run, run_forked
+from commands import Done, run, run_forked
 from diffusers import WanPipeline
+from pages import page
 from PIL import Image
 
 TRAIN = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_sgmd.yaml"
@@ -29,6 +30,7 @@ TEACHER = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_teacher.yaml
 # What makes a command short, or keeps it below {runs}.
 SHORTER = {
     "make demo": 'DEMO={runs}/demo TRAIN_ARGS=run.steps=3 EVALUATE_ARGS="--repeats 1 --teacher-steps 2"',
+    "python launch/prepare.py world runs/world --num-samples 512": "--num-samples 64",
     TRAIN: "run.dir={runs}/tiny_sgmd run.steps=10",
     RESUME: "run.dir={runs}/tiny_sgmd run.steps=20",
     SHARED: "run.steps=2",
@@ -37,7 +39,6 @@ SHORTER = {
     LORA: "run.steps=2",
     TEACHER: "run.dir={runs}/tiny_teacher run.steps=2",
 }
-STARTED_BY_MAKE_DEMO = {("torchrun", "launch/train.py"), ("python", "launch/evaluate.py")}
 NOT_RUN = {
     "make test": "runs this test",
     "make install": "has run",
@@ -50,9 +51,7 @@ NOT_RUN = {
 
 
 def readme_commands() -> list[str]:
-    """The indented lines of the README, without their comments."""
-    lines = (REPO / "README.md").read_text(encoding="utf-8").splitlines()
-    return [re.sub(r"\s+# .*", "", line).strip() for line in lines if line.startswith("    ") and line.strip()]
+    return page("README.md").commands()
 
 
 @pytest.fixture(scope="session")
@@ -62,15 +61,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def journey(runs: Path) -> dict[str, Done]:
-    """All commands in the README's order, with what became of them; forked where another shows that it starts alone."""
-    done, started = {}, set(STARTED_BY_MAKE_DEMO)
+    """All commands in the README's order, with what became of them. `make demo` shows that torchrun and python start
+    the scripts of launch; after it they are forked."""
+    done = {}
     for command in readme_commands():
         if not any(command.startswith(prefix) for prefix in NOT_RUN):
             shorter = SHORTER.get(command, "").replace("{runs}", str(runs))
-            launch = re.match(r"(python|torchrun).*? (launch/\w+\.py)", command)
-            again = launch is not None and launch.groups() in started
-            done[command] = (run_forked if again else run)(f"{command.replace('runs/', f'{runs}/')} {shorter}")
-            started |= {launch.groups()} if launch else set()
+            forked = re.match(r"(python|torchrun).*? launch/\w+\.py", command) is not None
+            done[command] = (run_forked if forked else run)(f"{command.replace('runs/', f'{runs}/')} {shorter}")
     return done
 
 
@@ -104,9 +102,10 @@ def test_a_second_call_with_more_steps_resumes_where_the_first_ended(journey: di
     assert yaml.safe_load((runs / "tiny_sgmd/recipe.yaml").read_text())["run"]["steps"] == 20
 
 
-def test_sampling_writes_one_video_per_prompt(journey: dict[str, Done], runs: Path) -> None:
-    assert sorted(path.name for path in (runs / "videos").iterdir()) == ["0000.gif", "0001.gif"]
-    with Image.open(runs / "videos/0001.gif") as picture:
+def test_sampling_writes_one_video_per_prompt_and_seed(journey: dict[str, Done], runs: Path) -> None:
+    names = [f"{number:04d}-seed-{seed}.gif" for number in (0, 1) for seed in (0, 1)]
+    assert sorted(path.name for path in (runs / "videos").iterdir()) == [*names, "sheet.png", "videos.json"]
+    with Image.open(runs / "videos/0001-seed-0.gif") as picture:
         assert picture.n_frames == 8
 
 

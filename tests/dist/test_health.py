@@ -1,4 +1,4 @@
-"""The watch on the generator's motion: one number on any ranks, no influence on the training, and an early end."""
+"""The watch on the generator's motion and colours: one number on any ranks, no influence on the training, and an early end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sgmd_dist import checkpoint, rng
 from sgmd_dist.assemble import build_model, load_network, load_weights
 from sgmd_dist.data.evaluation_pass import evaluation_pass
 from sgmd_dist.data.index import ShardIndex
-from sgmd_dist.health import TEACHER_FILE
+from sgmd_dist.health import TEACHER_FILE, Look, colour_drift
 from sgmd_dist.motion import latent_motion
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.rng import SampleId
@@ -32,9 +32,9 @@ def run_dir(recipe_path: Path) -> Path:
     return recipe_path.parent / "run"
 
 
-def ratios(recipe_path: Path) -> dict[int, float]:
+def ratios(recipe_path: Path, metric: str = "health/motion_ratio") -> dict[int, float]:
     lines = map(json.loads, (run_dir(recipe_path) / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["health/motion_ratio"] for line in lines if "health/motion_ratio" in line}
+    return {line["step"]: line[metric] for line in lines if metric in line}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory, write_recipe) -> tuple[Pat
     return recipe_path, run_ranks(1, train, recipe_path, WATCH)[0]
 
 
-def motion_by_hand(recipe_path: Path, shards: Path) -> float:
-    """The newest checkpoint's ratio, from plain networks on the data set's first samples."""
+def by_hand(recipe_path: Path, shards: Path) -> tuple[float, float]:
+    """The newest checkpoint's ratio of motions and its drift, from plain networks on the data set's first samples."""
     recipe, index, device = load_recipe(recipe_path), ShardIndex.open(shards), torch.device("cpu")
     model = build_model(recipe, "generator")
     weights = load_weights(checkpoint.find(run_dir(recipe_path)), "generator", model, None, None)
@@ -56,13 +56,22 @@ def motion_by_hand(recipe_path: Path, shards: Path) -> float:
     texts = batch.prompt_embeds, batch.negative_embeds
     videos = sample(guided(generator, *texts, 1.0), noise, 4, 5.0)
     wanted = sample(guided(teacher, *texts, recipe.objective.model_dump()["guidance_scale"]), noise, 3, 5.0)
-    return float(latent_motion(videos).mean() / latent_motion(wanted).mean())
+    return float(latent_motion(videos).mean() / latent_motion(wanted).mean()), float(drift_by_hand(videos, wanted))
 
 
-def test_the_ratio_is_that_of_plain_networks_on_the_first_samples(watched: tuple[Path, State], shards: Path) -> None:
-    found = ratios(watched[0])
-    assert list(found) == [2, 4]
-    assert found[4] == pytest.approx(motion_by_hand(watched[0], shards), rel=1e-5)
+def drift_by_hand(videos: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    (found, true) = ((x.double().mean((0, 2, 3, 4)), x.double().std((0, 2, 3, 4))) for x in (videos, wanted))
+    return (((found[0] - true[0]) ** 2 + (found[1] - true[1]) ** 2).sqrt() / true[1]).max()
+
+
+def test_motion_and_drift_are_those_of_plain_networks_on_the_first_samples(
+    watched: tuple[Path, State], shards: Path
+) -> None:
+    found, drifts = ratios(watched[0]), ratios(watched[0], "health/colour_drift")
+    assert list(found) == list(drifts) == [2, 4]
+    ratio, drift = by_hand(watched[0], shards)
+    assert found[4] == pytest.approx(ratio, rel=1e-5)
+    assert drifts[4] == pytest.approx(drift, rel=1e-3)
     assert found[2] != found[4]
 
 
@@ -93,7 +102,7 @@ def train_and_log(recipe_path: Path, overrides: Sequence[str]) -> None:
 
 def test_a_ratio_out_of_bounds_saves_and_ends_the_training_on_all_ranks(recipe_path: Path) -> None:
     """Ended by its own rule, a run is done: exit code 0, so that a batch script does not requeue it."""
-    always = "health.motion={every: 2, samples: 3, teacher_steps: 1, lowest: 1, highest: 1, stop: true}"
+    always = "health.motion={every: 2, samples: 3, teacher_steps: 1, lowest: 1, highest: 1, max_drift: 9, stop: true}"
     run_ranks(2, train_and_log, recipe_path, ["run.steps=9", always])
     assert [path.name for path in checkpoint.committed(run_dir(recipe_path))] == ["step-00000002"]
     assert list(ratios(recipe_path)) == [2]
@@ -103,6 +112,27 @@ def test_a_ratio_out_of_bounds_saves_and_ends_the_training_on_all_ranks(recipe_p
         first,
     )
     assert second == ""
+
+
+def test_colours_that_drift_end_the_training_too(recipe_path: Path) -> None:
+    always = "health.motion={every: 2, samples: 3, teacher_steps: 1, lowest: 0, highest: 99, max_drift: 0.001, stop: true}"
+    run_ranks(1, train_and_log, recipe_path, ["run.steps=9", always])
+    assert list(ratios(recipe_path)) == [2]
+    assert re.fullmatch(
+        r"step 2: the values of a latent channel are .* away from the teacher's, beyond health.motion's 0.001: .*\n",
+        (recipe_path.parent / "rank0.log").read_text(),
+    )
+
+
+@pytest.mark.parametrize(
+    "means, stds, drift",
+    [([1.0, 0.0], [2.0, 0.5], 0.0), ([2.0, 0.0], [2.0, 0.5], 0.5), ([1.0, 0.3], [2.0, 0.1], 1.0), ([1.0, 0.0], [0.0, 0.5], 1.0)],
+    ids=["the same", "a shifted mean", "mean and contrast of another channel", "a channel that became grey"],
+)
+def test_a_drift_is_the_farthest_channels_in_the_teachers_deviations(
+    means: list[float], stds: list[float], drift: float
+) -> None:
+    assert colour_drift(Look(1.0, means, stds), Look(1.0, [1.0, 0.0], [2.0, 0.5])) == pytest.approx(drift)
 
 
 def test_the_teachers_motion_is_measured_once_for_a_run_folder(recipe_path: Path) -> None:

@@ -12,6 +12,7 @@ from diffusers import WanTransformer3DModel
 from ranks import run_ranks
 from reference import Reference
 from running import State, parameter_difference, train
+from test_dry_run import dry
 from torch import Tensor
 
 from sgmd_dist.assemble import load_weights
@@ -19,6 +20,7 @@ from sgmd_dist.batch import Batch
 from sgmd_dist.data.format import write_negative_prompt
 from sgmd_dist.data.index import consolidate
 from sgmd_dist.data.shards import ShardWriter
+from sgmd_dist.dryrun import check_equal
 from sgmd_dist.export import export_diffusers
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.sampling import open_source
@@ -115,3 +117,9 @@ def test_recipes_of_image_to_video_train_as_one_plain_process(
         export_diffusers(weights, source.model, tmp_path / f"{which}-export")
         again = source.model.read_export(tmp_path / f"{which}-export")
         assert all(torch.equal(again[name], state["generator"][name]) for name in state["generator"])
+
+
+def test_a_dry_run_shows_ranks_that_agree(recipe_path: Path, folders: dict[str, Path], image_shards: Path) -> None:
+    traces = dry(recipe_path, [f"model.pretrained={folders['2.1']}", f"data.shards={image_shards}"], 2, [0, 1])
+    check_equal(traces)
+    assert all(part.collectives for part in traces[0].last_step)

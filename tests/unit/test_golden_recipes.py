@@ -195,14 +195,14 @@ def _tiny_pipeline(folder: Path, **inputs: int) -> Path:
 def test_a_shipped_recipe_passes_the_check_with_a_local_model_folder(
     recipe: Path, world_size: int, tiny_pipeline: Path, tiny_image_words: list[str], tmp_path: Path
 ):
-    words, family = [f"model.pretrained={tiny_pipeline}", "model.config=null"], load_recipe(recipe).model.family
-    if "_i2v_" in recipe.stem:
-        words = tiny_image_words
-    elif family in FAMILIES:
+    folder, family = tiny_pipeline, load_recipe(recipe).model.family
+    changed = ["data.shards=world:moving_shapes"] if recipe.stem == "tiny_videos" else []
+    if family in FAMILIES:
+        changed = ["model.text_tokens=5"]
         folder = FAMILIES[family].save(tmp_path / "pipeline")
         for part in ("text_encoder", "tokenizer"):
             shutil.copytree(tiny_pipeline / part, folder / part)
-        words = [f"model.pretrained={folder}", "model.config=null", "model.text_tokens=5"]
-    loaded = load_recipe(recipe, words)
+    of_text = [f"model.pretrained={folder}", "model.config=null", *changed]
+    loaded = load_recipe(recipe, tiny_image_words if "_i2v_" in recipe.stem else of_text)
     plan = preflight.check(loaded, loaded.layout(world_size))
     assert f"{loaded.run.steps} steps" in plan[0]

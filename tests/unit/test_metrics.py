@@ -136,6 +136,23 @@ def test_an_empty_file_is_a_beginning(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [1]
 
 
+def test_what_was_logged_before_can_be_read_again(tmp_path: Path) -> None:
+    write_steps(tmp_path, [1, 2, 3])
+    for is_main, steps in ((True, [1, 2]), (False, [])):
+        with RunLog(tmp_path, is_main=is_main, tensorboard=False, first_step=2, num_steps=10) as log:
+            assert [line["step"] for line in log.lines()] == steps
+
+
+def test_the_bar_shows_where_the_run_is_and_its_main_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, is_main=True, tensorboard=False, first_step=4, num_steps=10) as log:
+        log.step()
+        log.write(5, {"fake_score/residual": 0.125, "perf/tokens_per_s": 12345.0, "perf/mfu": 0.4, "data/wait_s": 1.0})
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "5/10 [" in last and "residual=0.125, tokens/s=12.3k, mfu=0.4]" in last
+
+
 # TensorBoard
 
 

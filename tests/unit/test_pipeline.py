@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +20,16 @@ from torch import Tensor
 
 from sgmd_dist import flow
 from sgmd_dist.assemble import build_model, load_network
+from sgmd_dist.batch import padded
+from sgmd_dist.card import Origin
+from sgmd_dist.data.encode import TextEncoder
 from sgmd_dist.errors import UserError
+from sgmd_dist.export import Form
 from sgmd_dist.models import cogvideox, ltx
 from sgmd_dist.models.base import VideoModel
-from sgmd_dist.pipeline import Origin, export_pipeline, scheduler
+from sgmd_dist.pipeline import export_pipeline, scheduler
 from sgmd_dist.recipe import Recipe
-from sgmd_dist.rollout import guided, sample
+from sgmd_dist.rollout import Network, guided, sample
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
@@ -41,11 +49,34 @@ def model(tiny_recipe: Callable[..., Recipe]) -> VideoModel:
 
 @pytest.fixture
 def weights(model: VideoModel) -> dict[str, Tensor]:
+    return random_weights(model)
+
+
+def random_weights(model: VideoModel) -> dict[str, Tensor]:
     """Random weights, small enough for velocities of order 1."""
     torch.manual_seed(0)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in model.build().named_parameters()}
     return {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+def load_pipeline(folder: Path) -> Any:
+    pipe = WanPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents_of(pipe: Any, noise: Tensor, embeds: Tensor) -> Tensor:
+    """What the stock pipeline makes of noise `[B, 3, 3, 6, 4]`."""
+    return pipe(
+        prompt_embeds=embeds, latents=noise, num_frames=9, height=48, width=32, num_inference_steps=4,
+        guidance_scale=1.0, output_type="latent",
+    ).frames  # fmt: skip
+
+
+def few_steps(network: Network, noise: Tensor, embeds: Tensor) -> Tensor:
+    """What our own sampler makes of it."""
+    return sample(guided(network, embeds, embeds[:1], 1.0), noise, 4, 5.0)
 
 
 @pytest.fixture
@@ -57,18 +88,56 @@ def test_the_stock_pipeline_gives_the_latents_of_our_sampler(
     model: VideoModel, weights: dict[str, Tensor], origin: Origin, tmp_path: Path
 ) -> None:
     assert export_pipeline(weights, model, 4, 5.0, origin, tmp_path / "out") == len(weights)
-    pipe = WanPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(2, 3, 3, 6, 4)
-    embeds = torch.randn(2, 8, model.text_dim())
-    found = pipe(
-        prompt_embeds=embeds, latents=noise, num_frames=9, height=48, width=32, num_inference_steps=4,
-        guidance_scale=1.0, output_type="latent",
-    ).frames  # fmt: skip
-    network = load_network(model, weights, torch.device("cpu"), 0)
-    expected = sample(guided(network, embeds, embeds[:1], 1.0), noise, 4, 5.0)
+    noise, embeds = torch.randn(2, 3, 3, 6, 4), torch.randn(2, 8, model.text_dim())
+    found = latents_of(load_pipeline(tmp_path / "out"), noise, embeds)
+    expected = few_steps(load_network(model, weights, torch.device("cpu"), 0), noise, embeds)
     assert (expected - noise).abs().max() > 0.1
     assert (found - expected).abs().max() < 1e-5
+
+
+def test_a_pair_of_experts_takes_turns_as_in_our_sampler(
+    tiny_recipe: Callable[..., Recipe], origin: Origin, tmp_path: Path
+) -> None:
+    """Two steps each: at sigma 1 and 0.9375, and at 0.8333 and 0.625."""
+    model = build_model(tiny_recipe("model.boundary_ratio=0.875"), "generator")
+    weights = random_weights(model)
+    assert export_pipeline(weights, model, 4, 5.0, origin, tmp_path / "out") == len(weights)
+    pipe = load_pipeline(tmp_path / "out")
+    assert pipe.config.boundary_ratio == 0.875
+    noise, embeds = torch.randn(2, 3, 3, 6, 4), torch.randn(2, 8, model.text_dim())
+    network = load_network(model, weights, torch.device("cpu"), 0)
+    shifted = {n: w + 0.1 if n.startswith("low.") else w for n, w in weights.items()}
+    other = load_network(model, shifted, torch.device("cpu"), 0)
+    found, expected = latents_of(pipe, noise, embeds), few_steps(network, noise, embeds)
+    assert (few_steps(other, noise, embeds) - expected).abs().max() > 0.1, "the second expert runs"
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_another_process_loads_the_whole_pipeline_by_its_folder_alone(
+    model: VideoModel, weights: dict[str, Tensor], origin: Origin, tmp_path: Path
+) -> None:
+    """With tokenizer, text encoder and VAE; this package is not there."""
+    export_pipeline(weights, model, 4, 5.0, origin, tmp_path / "out", Form(max_shard_size="20KB"))
+    noise = torch.randn(1, 3, 2, 6, 4)
+    torch.save(noise, tmp_path / "noise.pt")
+    code = f"""
+import sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("{tmp_path}/out", local_files_only=True)
+latents = torch.load("{tmp_path}/noise.pt")
+size = dict(height=48, width=32, num_frames=5, max_sequence_length=8)
+made = [pipe("a red ball", latents=latents, **size, num_inference_steps=4, guidance_scale=1.0, output_type=kind).frames
+        for kind in ("latent", "pt")]
+assert not any(name.startswith("sgmd") for name in sys.modules)
+torch.save([type(pipe).__name__, *made], "{tmp_path}/made.pt")
+"""
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    name, latents, video = torch.load(tmp_path / "made.pt")
+    assert name == "WanPipeline" and video.shape == (1, 5, 3, 48, 32) and bool(video.isfinite().all())
+    (encoded,) = TextEncoder.from_pretrained(tmp_path / "out").encode(["a red ball"])
+    network = load_network(model, weights, torch.device("cpu"), 0)
+    assert (latents - few_steps(network, noise, padded(encoded.float(), 8)[None])).abs().max() < 1e-5
 
 
 def test_ltx_video_s_stock_pipeline_gives_the_latents_of_our_sampler(origin: Origin, tmp_path: Path) -> None:
@@ -105,8 +174,7 @@ def test_it_makes_a_video_of_a_prompt(
     model: VideoModel, weights: dict[str, Tensor], origin: Origin, tmp_path: Path
 ) -> None:
     export_pipeline(weights, model, 4, 5.0, origin, tmp_path / "out")
-    pipe = WanPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(tmp_path / "out")
     video = pipe("a red ball", height=32, width=48, num_frames=5, num_inference_steps=4, guidance_scale=1.0).frames[0]
     assert video.shape == (5, 32, 48, 3)
 

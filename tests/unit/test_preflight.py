@@ -132,6 +132,12 @@ def test_rollouts_from_noise_take_captions(rollout: str, shards: str):
 def test_motion_is_watched_of_few_step_generators_only():
     assert check("data.shards=captions", "health.motion={every: 10}")
     assert message("data.shards=latents", "objective={name: flow_matching}", "health.motion={}") == (
-        "health.motion: objective.name = flow_matching trains no few-step generator whose samples could be held against"
-        " a teacher's; remove health.motion"
+        "health.motion: objective.name = flow_matching trains no few-step generator to sample; remove health.motion"
+    )
+
+
+def test_only_ranks_that_there_are_can_be_profiled():
+    assert check("data.shards=captions", "logging.profile={steps: [5, 6]}")
+    assert message("data.shards=captions", "logging.profile={ranks: [0, 1]}") == (
+        "logging.profile.ranks = [0, 1]: there are 1 ranks, numbered from 0; give ranks that there are"
     )

@@ -18,7 +18,7 @@ data: {shards: some/folder}
 """
 
 RUN_KEYS = "name, dir, seed, steps, resume, log_every"
-SECTIONS = "run, model, objective, optim, data, parallel, checkpoint, logging, health"
+SECTIONS = "run, model, objective, optim, data, parallel, checkpoint, samples, logging, health"
 OBJECTIVES = ", ".join(registry.available(registry.OBJECTIVES))
 FAMILIES = ", ".join(registry.available(registry.MODELS))
 A_SCHEDULE = "{schedule: linear, from: 0.0, to: 0.1, steps: 500}"
@@ -26,6 +26,7 @@ SHARDS = "expected a folder, a pattern, prompts:FILE, world:moving_shapes, or a 
 BETAS = "expected two numbers in [0, 1), as in [0.0, 0.999]"
 LR = "optim.generator.lr"
 VIDEO_KEYS = "num_frames, height, width"
+STEPS = "expected the first and the last step, counted from 1, as in [10, 12], or null"
 DP_SHARD = "expected -1 (the ranks that the other axes leave) or an integer >= 1"
 
 # (word on the command line, message after "command line: ")
@@ -184,6 +185,21 @@ WRONG_VALUES = [
     ),
     ("parallel.dp_shard=0", f"parallel.dp_shard = 0: {DP_SHARD}"),
     ("parallel.dp_shard=all", f"parallel.dp_shard = 'all': {DP_SHARD}"),
+    # what is watched
+    ("health.alarms.gap=1", "health.alarms.gap = 1: expected a number > 1 or null"),
+    (
+        "health.alarms=false",
+        "health.alarms = false: expected a section with keys residual, gap, grad_norm, window, warmup, patience, stop"
+        " or null",
+    ),
+    ("logging.profile.steps=[3, 2]", f"logging.profile.steps = [3, 2]: {STEPS}"),
+    ("logging.profile.steps=[0, 2]", f"logging.profile.steps = [0, 2]: {STEPS}"),
+    ("logging.profile.steps=3", f"logging.profile.steps = 3: {STEPS}"),
+    ("logging.profile.ranks=[-1]", "logging.profile.ranks = [-1]: expected numbers of ranks, from 0, as in [0, 3]"),
+    (
+        "logging.wandb=films",
+        "logging.wandb = 'films': expected a section with keys project, entity, group, tags, mode or null",
+    ),
     # the words themselves
     ("run.steps", "'run.steps': expected key.sub=value, as in optim.generator.lr=1e-5"),
     ("=5", "'=5': expected key.sub=value, as in optim.generator.lr=1e-5"),

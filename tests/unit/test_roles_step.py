@@ -72,3 +72,24 @@ def test_gradients_that_are_not_finite_change_nothing(bad: float) -> None:
     assert [float(state["step"]) for state in optimizer.state.values()] == [2.0]
     assert all(tensor.isfinite().all() for state in optimizer.state.values() for tensor in state.values())
     assert role.ema is not None and role.ema.shadow["weight"].isfinite().all()
+
+
+def test_a_role_runs_with_its_average_for_a_while_and_then_is_as_before_bit_by_bit() -> None:
+    roles = make_roles(ema={"decay": 0.9})
+    step(roles, 0, 5.0)
+    role = roles["generator"]
+    assert role.ema is not None
+    weight, shadow = role.parameters["weight"], role.ema.shadow["weight"]
+    before, average = weight.detach().clone(), shadow.clone()
+    assert not torch.equal(before, average)
+
+    def sample(fails: bool) -> None:
+        with role.averaged():
+            assert torch.equal(weight, average) and torch.equal(shadow, before)
+            if fails:
+                raise RuntimeError("amid the samples")
+
+    sample(fails=False)
+    with pytest.raises(RuntimeError, match="amid the samples"):
+        sample(fails=True)
+    assert torch.equal(weight, before) and torch.equal(shadow, average)

@@ -14,6 +14,7 @@ from sgmd_dist.errors import UserError
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.resume import begin, decide
 from sgmd_dist.roles import Roles
+from sgmd_dist.wandb_run import ID_FILE
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -76,6 +77,16 @@ def test_never_puts_everything_in_the_way(recipe: Callable[[str], Recipe], run_d
     beginning = decide(recipe("never"))
     assert beginning.candidates == ()
     assert [path.name for path in beginning.in_the_way] == ["checkpoints", "metrics.jsonl"]
+
+
+def test_a_run_that_does_steps_again_leaves_the_run_on_wandb_that_knows_them(
+    recipe: Callable[[str], Recipe], run_dir: Path
+) -> None:
+    first, second = commit(run_dir, 2, 4)
+    (run_dir / ID_FILE).write_text("1a2b3c4d\n")
+    assert decide(recipe(str(first))).in_the_way == (second, run_dir / ID_FILE)
+    assert run_dir / ID_FILE in decide(recipe("never")).in_the_way
+    assert decide(recipe(str(second))).in_the_way == decide(recipe("auto")).in_the_way == ()
 
 
 def test_a_path_without_a_checkpoint_is_refused(

@@ -27,7 +27,7 @@ from sgmd_dist import rng
 from sgmd_dist.batch import Batch
 from sgmd_dist.benchmarks.science import scores
 from sgmd_dist.conditions import Condition, text_of
-from sgmd_dist.evaluation import sliced_wasserstein
+from sgmd_dist.distances import energy_distance, sliced_wasserstein
 from sgmd_dist.models.base import ImageInput, LatentShape, RunnableModel
 from sgmd_dist.rng import SampleId
 from sgmd_dist.rollout import guided, sample
@@ -295,7 +295,7 @@ class MixtureWorld:
             precisions.append(scores.precision(found[1]))
         return {
             "swd": scores.root_mean_square([sliced_wasserstein(a, b) for a, b in pairs]),
-            "energy_distance": fmean(scores.energy_distance(a, b) for a, b in pairs),
+            "energy_distance": fmean(energy_distance(a, b) for a, b in pairs),
             "mode_coverage": fmean(coverages),
             "precision": fmean(precisions),
         }

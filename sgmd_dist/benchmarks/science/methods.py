@@ -43,5 +43,5 @@ METHODS = {
 LEARNING_RATES = {
     "ring": (3e-4, 1e-3, 3e-3),
     "trajectories": (3e-4, 1e-3, 3e-3),
-    "tiny_wan": (1e-5, 3e-5, 1e-4),
+    "tiny_wan": (3e-5, 1e-4),
 }

@@ -10,37 +10,11 @@ from torch import Tensor
 
 WITHIN_STD = 3.0  # of a mode in two dimensions; in others the ellipsoid with the same share of the mode's mass
 MIN_SHARE = 0.01  # of the reference's samples for one prompt: rarer modes need not be covered
-_CHUNK = 1024  # rows of a distance matrix at a time
 
 
 def root_mean_square(values: Sequence[float]) -> float:
     """The quadratic mean: of distances, 0 only where every one is 0."""
     return math.sqrt(sum(value**2 for value in values) / len(values))
-
-
-def energy_distance(a: Tensor, b: Tensor, within_b: float | None = None) -> float:
-    """Squared energy distance 2 E|A - B| - E|A - A'| - E|B - B'| of sets `[N, D]` and `[M, D]` (Székely, Rizzo 2013).
-
-    The unbiased U-statistic: pairs of a sample with itself are left out, so that two sets of one distribution have
-    the mean 0, and single values may be negative.
-
-    Args:
-        within_b: `mean_distance(b)`, where it is known.
-    """
-    within = mean_distance(a) + (mean_distance(b) if within_b is None else within_b)
-    return 2 * _sum_of_distances(a.double(), b.double()) / (len(a) * len(b)) - within
-
-
-def mean_distance(x: Tensor) -> float:
-    """Between two different samples of a set `[N, D]`."""
-    x = x.double()
-    return _sum_of_distances(x, x) / (len(x) * (len(x) - 1))
-
-
-def _sum_of_distances(a: Tensor, b: Tensor) -> float:
-    """Over all pairs, from differences: through products a sample would be some way from itself."""
-    exact = "donot_use_mm_for_euclid_dist"
-    return sum(float(torch.cdist(rows, b, compute_mode=exact).sum()) for rows in a.split(_CHUNK))
 
 
 def wasserstein_1d(a: Tensor, b: Tensor) -> float:

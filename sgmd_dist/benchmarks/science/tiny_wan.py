@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from sgmd_dist.batch import Batch, padded
 from sgmd_dist.benchmarks.science.base import REFERENCE_SEED
-from sgmd_dist.benchmarks.science.scores import energy_distance, mean_distance, root_mean_square, wasserstein_1d
+from sgmd_dist.benchmarks.science.scores import root_mean_square, wasserstein_1d
 from sgmd_dist.conditions import Condition
 from sgmd_dist.data.digest import content_digest
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.world import World as MovingShapes
+from sgmd_dist.distances import energy_distance, mean_distance, sliced_wasserstein
 from sgmd_dist.durable import write_durably
 from sgmd_dist.errors import UserError
-from sgmd_dist.evaluation import sliced_wasserstein
 from sgmd_dist.models import wan
 from sgmd_dist.models.base import LatentShape, RunnableModel, VideoModel
 from sgmd_dist.motion import jitter, latent_motion, place, speed

@@ -24,7 +24,7 @@ from sgmd_dist.data.index import ShardIndex, consolidate
 from sgmd_dist.data.manifest import read_videos
 from sgmd_dist.data.preparation import Sample, prepare
 from sgmd_dist.data.record import ShardRecord, sidecar_path
-from sgmd_dist.data.row_encoders import VideoRows, image_settings
+from sgmd_dist.data.row_encoders import VideoRows, image_settings, transformer_latents
 from sgmd_dist.data.shards import ShardWriter
 from sgmd_dist.data.sources import check_sources
 from sgmd_dist.data.stream import Stream
@@ -192,6 +192,8 @@ def test_what_takes_text_alone_refuses_the_model(
     recipe = tiny_recipe(f"model.pretrained={image_pipeline}", "model.config=null")
     with pytest.raises(UserError, match="prompts alone say nothing of the image"):
         encode_prompts(recipe, ["a red ball"])
+    with pytest.raises(UserError, match=r"needs images beside captions; make its shards with launch/prepare.py videos"):
+        transformer_latents(image_pipeline, BUCKETS[0], "--video 9 32 48")
     mesh: Any = None  # refused before ranks meet
     with pytest.raises(UserError, match="pairs are made by text-to-video teachers"):
         make_pairs(recipe, mesh, tmp_path, Chain(2, 5.0, 3.0), shard_bytes=1)

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,6 +150,9 @@ def damage(index: ShardIndex, sample: int, kind: str) -> None:
         overwrite(index, sample, member.index(b"BF16"), b"F16 ")
     elif kind == "name":
         overwrite(index, sample, member.index(b"latents"), b"lantets")
+    elif kind == "NaN that the index vouches for":
+        overwrite(index, sample, -2, b"\xc0\x7f")
+        index.crc32[sample] = zlib.crc32(member[:-2] + b"\xc0\x7f")
     elif kind == "truncated":
         os.truncate(path, offset + int(index.size[sample]) - 5)
     elif kind == "file gone":
@@ -162,6 +166,7 @@ DAMAGES = {
     "offsets": r"'latents' \[4, 2, 3, 6\] BF16 needs 288 bytes, data_offsets \[2, 288\]",
     "dtype": "dtype 'F16 '",
     "name": r"latents is missing, expected bfloat16 \[4, 2, 3, 6\]",
+    "NaN that the index vouches for": r"'\w+' holds values that are not finite; encode the sample again",
     "truncated": r"the shard ends at byte \d+, it is truncated",
     "file gone": "No such file or directory",
 }

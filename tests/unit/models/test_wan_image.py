@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sgmd_dist.assemble import load_network
 from sgmd_dist.conditions import TextAndImage
 from sgmd_dist.errors import UserError
 from sgmd_dist.export import export_diffusers
@@ -20,6 +22,7 @@ from sgmd_dist.models.base import ImageInput
 from sgmd_dist.models.wan import Section, Wan, build
 from sgmd_dist.parallel.sequence import SequenceAxis
 from sgmd_dist.rollout import guided
+from sgmd_dist.sampling import check_takes_prompts
 
 KEY = "model.pretrained"
 SHAPE = (4, 3, 4, 6)  # latents
@@ -104,9 +107,23 @@ def test_guidance_has_the_negative_prompt_and_the_same_image(
 def test_latents_are_those_of_the_noise(kind: str, folder: Path) -> None:
     model = model_in(folder)
     assert model.smallest_latents() == (4, 1, 2, 2) and model.latent_shape(3, 4, 6) == SHAPE
-    expected = ImageInput(257, EMBED_DIM) if kind == "2.1" else ImageInput()
+    expected = ImageInput(257, EMBED_DIM, ("norm_added_q",)) if kind == "2.1" else ImageInput()
     assert model.image_input == expected
     assert ("add_k_proj" in model.lora_targets()) == (kind == "2.1")
+
+
+def test_published_files_hold_a_norm_of_queries_that_are_not_there(
+    module: WanTransformer3DModel, folder: Path, kind: str
+) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(path), "blocks.0.attn2.norm_added_q.weight": torch.ones(24)}, path)
+    if kind == "2.2":
+        with pytest.raises(UserError, match=r"1 unexpected \(blocks\.0\.attn2\.norm_added_q\.weight\)"):
+            load_network(model_in(folder), None, torch.device("cpu"))
+        return
+    x, given = torch.randn(2, *SHAPE), condition(kind)
+    network = load_network(model_in(folder), None, torch.device("cpu"))
+    assert torch.equal(network(x, SIGMA, given, 0.0), direct(module, x, SIGMA, given))
 
 
 def test_without_an_image_there_is_a_message(kind: str, module: WanTransformer3DModel, folder: Path) -> None:
@@ -116,6 +133,11 @@ def test_without_an_image_there_is_a_message(kind: str, module: WanTransformer3D
     if kind == "2.1":
         with pytest.raises(UserError, match="there is no embeddings of the image"):
             model.velocity(module, x, SIGMA, TextAndImage(given.text, given.latents))
+
+
+def test_what_has_prompts_alone_refuses_the_model(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"samples\.prompts: this is an image-to-video model, and prompts alone"):
+        check_takes_prompts(model_in(folder), "samples.prompts")
 
 
 def test_a_text_of_another_length_than_diffusers_splits_at_is_refused(folder: Path, kind: str) -> None:

@@ -72,3 +72,9 @@ def test_the_quick_benchmark_runs_every_method_in_every_world(tmp_path: Path) ->
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ") and "---" not in line]
     assert len(rows) == 2 * (2 * (len(METHODS) + 1) + 3), "two tables: two worlds of all methods, one of two, and heads"
     assert "diverged" not in done.stdout
+
+
+def test_a_longer_training_is_scored_at_the_same_distances() -> None:
+    own, longer = (study.full_study("tiny_wan", 4, ["SGMD"], passes).budget for passes in (None, 4000))
+    assert (own.passes, longer.passes) == (2000, 4000)
+    assert longer.passes / longer.num_points == own.passes / own.num_points
