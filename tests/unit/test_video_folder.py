@@ -66,6 +66,13 @@ def test_the_sheet_has_a_row_for_each_prompt_and_a_column_for_each_seed(tmp_path
             assert getattr(picture, "n_frames", 1) == frames
 
 
+def test_a_prompt_of_several_lines_is_shown_on_one() -> None:
+    tile = torch.zeros(1, 30, 120, 3, dtype=torch.uint8)
+    takes = [takes_of([caption], [0]) for caption in ("a ball,\n  moving\n", "a ball, moving")]
+    shown, expected = (sheet_of([take], {take: tile})[0].tobytes() for [take] in takes)
+    assert shown == expected
+
+
 def test_the_index_says_what_each_video_is_of(tmp_path: Path) -> None:
     write_index(tmp_path / "new", TAKES, ["mp4", "gif"], {"steps": 4})
     index = json.loads((tmp_path / "new/videos.json").read_text())
