@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from loguru import logger
 
 from sgmd_dist.durable import write_durably
 from sgmd_dist.errors import UserError, describe
@@ -64,10 +66,20 @@ class WandbRun:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Report the scalars of optimizer step number `step`; W&B itself drops steps that it has already."""
-        self._run.log(dict(scalars), step=step)
+        if self._run is not None:
+            self._go_on_without(lambda run: run.log(dict(scalars), step=step))
 
     def close(self) -> None:
-        self._run.finish()
+        if self._run is not None:
+            self._go_on_without(lambda run: run.finish())
+
+    def _go_on_without(self, report: Callable[[Any], None]) -> None:
+        """Report, or warn and report no more: the numbers are in metrics.jsonl too, and all ranks wait for this one."""
+        try:
+            report(self._run)
+        except Exception as error:  # whatever the package raises where its service or its disk is gone
+            logger.warning("logging.wandb: {}; training goes on without W&B", describe(error))
+            self._run = None
 
 
 def _kept_id(path: Path) -> str:

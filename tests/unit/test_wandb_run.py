@@ -100,6 +100,22 @@ def test_what_the_package_refuses_is_said_with_a_mend(tiny_recipe: Callable[...,
         write(tiny_recipe(ON), [1])
 
 
+@pytest.mark.parametrize("what", ["log", "finish"])
+def test_training_goes_on_where_the_package_fails_later(
+    tiny_recipe: Callable[..., Recipe], fake: FakeWandb, what: str
+) -> None:
+    calls: list[int] = []
+
+    def fail(*arguments: Any, step: int = 0) -> None:
+        calls.append(step)
+        raise ConnectionResetError("the service is gone")
+
+    setattr(fake, what, fail)
+    write(tiny_recipe(ON), [1, 2])
+    assert len(calls) == 1, "it is asked no more"
+    assert len((Path(tiny_recipe().run.dir) / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_the_package_itself_keeps_an_offline_run(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe(ON)
