@@ -151,13 +151,25 @@ class Trainer(Stepper):
         self.step = found.meta.step
 
     def _open_log(self) -> RunLog:
+        """The run's log. Collective: where W&B refuses the run, no rank trains it.
+
+        Raises:
+            UserError: see `WandbRun`; on every rank.
+        """
+        wandb: list[WandbRun] = []
+
+        def begin() -> None:
+            if self.mesh.is_main and self.recipe.logging.wandb:
+                wandb.append(WandbRun(self.recipe))
+
+        checkpoint.together(begin)
         return RunLog(
             self.run_dir,
             is_main=self.mesh.is_main,
             tensorboard=self.recipe.logging.tensorboard,
             first_step=self.step,
             num_steps=self.recipe.run.steps,
-            wandb=WandbRun(self.recipe) if self.mesh.is_main and self.recipe.logging.wandb else None,
+            wandb=next(iter(wandb), None),
         )
 
     def _motion_ends_it(self) -> bool:
