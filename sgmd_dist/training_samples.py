@@ -182,8 +182,8 @@ class TrainingSamples:
         if len(tiles) < len(self._takes):
             return None
         with _warning_of_files():
-            write_sheet(folder / "sheet.gif", sheet_of(self._takes, tiles))
             write_index(folder, self._takes, self._section.formats, facts)
+            write_sheet(folder / "sheet.gif", sheet_of(self._takes, tiles))
             return (folder / "sheet.gif").read_bytes()
         return None
 

@@ -88,3 +88,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_index(tmp_path / "file", TAKES, ["mp4"], {})
     with pytest.raises(UserError, match=r"file/sheet.png: cannot be written .*; choose another folder"):
         write_sheet(tmp_path / "file/sheet.png", [Image.new("RGB", (4, 4))])
+
+
+def test_a_gif_that_would_be_too_large_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sheet.gif: 4 x 65536 pixels: a gif has at most 65535 a side; take fewer"):
+        write_sheet(tmp_path / "sheet.gif", [Image.new("RGB", (4, 2**16))])
