@@ -28,7 +28,12 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: `logging.wandb` is set and the package is not installed.
     """
-    if recipe.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+    if recipe.logging.wandb is None:
+        return
+    found = importlib.util.find_spec("wandb")
+    if (
+        found is None or found.origin is None
+    ):  # without one, a folder that only has this name, as the package makes them
         raise UserError(
             "logging.wandb: the package wandb is not installed; pip install 'sgmd_dist[wandb]' (in a clone: pip install"
             " -e '.[wandb]'), or set logging.wandb to null"
@@ -69,9 +74,10 @@ class WandbRun:
         if self._run is not None:
             self._go_on_without(lambda run: run.log(dict(scalars), step=step))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """End the run on W&B, as one that failed or not."""
         if self._run is not None:
-            self._go_on_without(lambda run: run.finish())
+            self._go_on_without(lambda run: run.finish(exit_code=int(failed)))
 
     def _go_on_without(self, report: Callable[[Any], None]) -> None:
         """Report, or warn and report no more: the numbers are in metrics.jsonl too, and all ranks wait for this one."""
