@@ -58,7 +58,8 @@ class TextEncoder:
         """Load from local files only; the class comes from `architectures` in text_encoder/config.json.
 
         Captions are cut at `max_tokens`, by default the encoding's, or at the tokenizer's own model_max_length where
-        that is shorter. Raises UserError naming what is missing or cannot be read, or that there is no `encoding`.
+        that is shorter. Raises UserError naming what is missing, cannot be read or is another family's, or that there
+        is no `encoding`.
         """
         folder = Path(folder)
         encoding = known_encoding(encoding, str(folder))
@@ -84,6 +85,11 @@ class TextEncoder:
             raise UserError(
                 f"{folder / part}: transformers cannot read it ({why}); download the folder again"
             ) from error
+        if encoding.chat is not None and not tokenizer.chat_template:
+            raise UserError(
+                f"{folder / 'tokenizer'}: has no chat template, and this model family's text encoder is a language"
+                " model that is told captions in one; name the folder of this family's text encoder"
+            )
         longest = min(max_tokens or encoding.max_tokens, tokenizer.model_max_length)
         return cls(tokenizer, encoder.to(device), longest, encoding)
 
