@@ -147,7 +147,8 @@ def _sheet(videos: Mapping[str, list[list[Image.Image]]], frame: int, prompts: S
 
 
 def _cut(text: str, width: int, draw: ImageDraw.ImageDraw) -> str:
-    """`text` where it fits into `width` pixels, else its beginning and dots."""
+    """`text` on one line where it fits into `width` pixels, else its beginning and dots."""
+    text = " ".join(text.split())
     if draw.textlength(text) <= width:
         return text
     while text and draw.textlength(text + "...") > width:

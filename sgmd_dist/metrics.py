@@ -185,7 +185,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         if self._writer is not None:
             self._writer.close()
         if self._wandb is not None:
-            self._wandb.close()
+            self._wandb.close(failed=kind is not None)
 
     def __enter__(self) -> Self:
         return self

@@ -101,14 +101,17 @@ class Trainer(Stepper):
         end: End = "done"
         with self._open_log() as log, self._profiler:
             self._alarms = Alarms(self.recipe.health.alarms if self.mesh.is_main else None, log.lines())
-            if self.step == 0:
+            if self.step == 0 or (self._samples is not None and self._samples.are_missing(self.step)):
                 self._take_samples(log)
             while self.step < steps:
                 self._profiler.before_step(self.step + 1)
                 self.train_step()
                 stopping, ended = self._settle()
                 ended |= self._motion_ends_it()
-                self._take_samples(log, at_once=ended)
+                if (
+                    ended or not stopping or self.step == steps
+                ):  # who asks to stop gives little time: saving comes first
+                    self._take_samples(log, at_once=ended)
                 if self._log(log, at_once=stopping or ended) >= self.recipe.health.max_skipped:
                     end = "failing"
                     break
@@ -151,13 +154,25 @@ class Trainer(Stepper):
         self.step = found.meta.step
 
     def _open_log(self) -> RunLog:
+        """The run's log. Collective: where W&B refuses the run, no rank trains it.
+
+        Raises:
+            UserError: see `WandbRun`; on every rank.
+        """
+        wandb: list[WandbRun] = []
+
+        def begin() -> None:
+            if self.mesh.is_main and self.recipe.logging.wandb:
+                wandb.append(WandbRun(self.recipe))
+
+        checkpoint.together(begin)
         return RunLog(
             self.run_dir,
             is_main=self.mesh.is_main,
             tensorboard=self.recipe.logging.tensorboard,
             first_step=self.step,
             num_steps=self.recipe.run.steps,
-            wandb=WandbRun(self.recipe) if self.mesh.is_main and self.recipe.logging.wandb else None,
+            wandb=next(iter(wandb), None),
         )
 
     def _motion_ends_it(self) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from sgmd_dist.video_folder import (
 )
 
 FOLDER = "samples"
+GENERATOR, AVERAGE = "generator", "generator.ema"
 TEACHER = "teacher"
 Guided = Callable[[Tensor], flow.Velocity]  # of prompt embeddings [B, T, D]
 
@@ -80,7 +81,8 @@ class TrainingSamples:
     def __init__(self, section: SamplesSection, recipe: Recipe, mesh: Mesh, roles: Roles) -> None:
         self._section, self._recipe, self._mesh, self._roles = section, recipe, mesh, roles
         self._chain = few_step_chain(recipe, "samples")
-        captions, model = captions_of(section), build_model(recipe, "generator")
+        found = together(lambda: captions_of(section) if mesh.is_main else [])  # a node's own file may be another
+        captions, model = found[0], build_model(recipe, "generator")
         folder = text_encoder_folder(recipe, "samples.prompts")
         self._prompts = encode_together(folder, model, recipe.model.text_tokens, captions)
         self._latent_shape = latent_shape_of(recipe, model)
@@ -91,24 +93,40 @@ class TrainingSamples:
         """Whether videos are to be taken after optimizer step number `step` (0: before the first)."""
         return step % self._section.every == 0 or step == self._recipe.run.steps
 
+    def are_missing(self, step: int) -> bool:
+        """Whether the videos of `step` are due and not there: a run that is asked to stop takes none. Collective."""
+        if not self.is_due(step):
+            return False
+        place = self._place(step)
+        kept = [
+            self._mesh.is_main
+            and all(_holds(place / which, self._takes, self._facts(step, which)) for which in self._networks)
+        ]
+        dist.broadcast_object_list(kept)
+        return not kept[0]
+
     def take(self, step: int) -> dict[str, bytes]:
         """Write the videos of `step`; returns a sheet of each folder as gif, nothing on other ranks than the main one.
 
         Nobody may write or copy the generator's weights and average meanwhile. Collective.
         """
         self._roles.train_only(None)
-        place = self._folder / f"step-{step:08d}"
         sheets = self._teacher() if self._waits_for_teacher else {}
         self._waits_for_teacher = False
-        sheets["generator"] = self._generator(place / "generator", step, "generator")
-        if self._section.ema:
-            with self._roles["generator"].averaged():
-                sheets["generator.ema"] = self._generator(place / "generator.ema", step, "generator.ema")
+        for which in self._networks:
+            with self._roles["generator"].averaged() if which == AVERAGE else nullcontext():
+                sheets[which] = self._generator(step, which)
         return {name: sheet for name, sheet in sheets.items() if sheet is not None}
 
-    def _generator(self, folder: Path, step: int, which: str) -> bytes | None:
+    def _generator(self, step: int, which: str) -> bytes | None:
         network, negative = self._roles["generator"].run, self._prompts.negative
-        facts = {
+        facts = self._facts(step, which)
+        latents = self.latents(lambda embeds: guided(network, embeds, negative, 1.0), facts)
+        return self._write(self._place(step) / which, facts, latents)
+
+    def _facts(self, step: int, which: str) -> dict[str, Any]:
+        """What videos.json says of the generator's videos."""
+        return {
             "run": self._recipe.run.name,
             "step": step,
             "weights": which,
@@ -116,7 +134,6 @@ class TrainingSamples:
             "shift": self._chain.sigma_shift,
             "guidance_scale": 1.0,
         }
-        return self._write(folder, facts, self.latents(lambda embeds: guided(network, embeds, negative, 1.0), facts))
 
     def _teacher(self) -> dict[str, bytes | None]:
         """The teacher's videos, where the folder does not hold them yet."""
@@ -165,17 +182,18 @@ class TrainingSamples:
         if len(tiles) < len(self._takes):
             return None
         with _warning_of_files():
-            write_sheet(folder / "sheet.gif", sheet_of(self._takes, tiles))
             write_index(folder, self._takes, self._section.formats, facts)
+            write_sheet(folder / "sheet.gif", sheet_of(self._takes, tiles))
             return (folder / "sheet.gif").read_bytes()
         return None
 
     def _write_own(self, folder: Path, latents: Mapping[Take, Tensor]) -> dict[Take, Tensor]:
-        """Decode and write this rank's videos; returns the tiles of those that the device had memory for."""
+        """Decode and write this rank's videos; returns the tiles of those that are written."""
         tiles: dict[Take, Tensor] = {}
         device = self._mesh.device
         try:
-            self._decode(folder, latents, tiles)
+            with _warning_of_files():  # of the VAE too
+                self._decode(folder, latents, tiles)
         except torch.OutOfMemoryError as error:
             logger.warning("samples: no memory on {} to decode them beside the training ({})", device, describe(error))
         finally:
@@ -191,18 +209,25 @@ class TrainingSamples:
         to_rgb = decoder(None if pretrained is None else Path(pretrained), self._mesh.device)
         for take, video in latents.items():
             rgb = to_rgb(video)
+            write_take(folder, take, rgb, self._section.formats, self._section.frames_per_second)
             tiles[take] = tile_of(rgb)
-            with _warning_of_files():
-                write_take(folder, take, rgb, self._section.formats, self._section.frames_per_second)
+
+    @property
+    def _networks(self) -> tuple[str, ...]:
+        """Whose videos are taken, beside the teacher's."""
+        return (GENERATOR, AVERAGE) if self._section.ema else (GENERATOR,)
 
     @property
     def _folder(self) -> Path:
         return Path(self._recipe.run.dir) / FOLDER
 
+    def _place(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
+
 
 @contextmanager
 def _warning_of_files() -> Iterator[None]:
-    """Training goes on where a video cannot be written."""
+    """Training goes on where a VAE cannot be read or a video not written."""
     try:
         yield
     except UserError as error:

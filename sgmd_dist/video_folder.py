@@ -27,6 +27,7 @@ INDEX = "videos.json"
 TILE_WIDTH = 160
 TILE_FRAMES = 16
 _SHEET_SECONDS = 3.0
+_GIF_PIXELS = 2**16 - 1  # a side, by the format
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,13 @@ def write_sheet(path: Path, sheets: Sequence[Image.Image]) -> None:
     """Write a sheet as .gif, in motion, or as .png, its middle frame.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or a gif would be too large.
     """
+    if path.suffix == ".gif" and max(sheets[0].size) > _GIF_PIXELS:
+        width, height = sheets[0].size
+        raise UserError(
+            f"{path}: {width} x {height} pixels: a gif has at most {_GIF_PIXELS} a side; take fewer prompts or seeds"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".gif":

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from loguru import logger
 
 from sgmd_dist.durable import write_durably
 from sgmd_dist.errors import UserError, describe
@@ -26,7 +28,12 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: `logging.wandb` is set and the package is not installed.
     """
-    if recipe.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+    if recipe.logging.wandb is None:
+        return
+    found = importlib.util.find_spec("wandb")
+    if (
+        found is None or found.origin is None
+    ):  # without one, a folder that only has this name, as the package makes them
         raise UserError(
             "logging.wandb: the package wandb is not installed; pip install 'sgmd_dist[wandb]' (in a clone: pip install"
             " -e '.[wandb]'), or set logging.wandb to null"
@@ -64,10 +71,21 @@ class WandbRun:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Report the scalars of optimizer step number `step`; W&B itself drops steps that it has already."""
-        self._run.log(dict(scalars), step=step)
+        if self._run is not None:
+            self._go_on_without(lambda run: run.log(dict(scalars), step=step))
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        """End the run on W&B, as one that failed or not."""
+        if self._run is not None:
+            self._go_on_without(lambda run: run.finish(exit_code=int(failed)))
+
+    def _go_on_without(self, report: Callable[[Any], None]) -> None:
+        """Report, or warn and report no more: the numbers are in metrics.jsonl too, and all ranks wait for this one."""
+        try:
+            report(self._run)
+        except Exception as error:  # whatever the package raises where its service or its disk is gone
+            logger.warning("logging.wandb: {}; training goes on without W&B", describe(error))
+            self._run = None
 
 
 def _kept_id(path: Path) -> str:

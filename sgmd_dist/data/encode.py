@@ -58,7 +58,8 @@ class TextEncoder:
         """Load from local files only; the class comes from `architectures` in text_encoder/config.json.
 
         Captions are cut at `max_tokens`, by default the encoding's, or at the tokenizer's own model_max_length where
-        that is shorter. Raises UserError naming what is missing or cannot be read, or that there is no `encoding`.
+        that is shorter. Raises UserError naming what is missing, cannot be read or is another family's, or that there
+        is no `encoding`.
         """
         folder = Path(folder)
         encoding = known_encoding(encoding, str(folder))

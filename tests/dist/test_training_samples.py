@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from ranks import run_ranks
 from running import State, max_difference, parameter_difference, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from sgmd_dist import trainer
+from sgmd_dist import trainer, training_samples
+from sgmd_dist.errors import EXIT_PREEMPTED
+from sgmd_dist.parallel.mesh import build_mesh, process_group
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.sampling import encode_prompts, open_source, sample_videos
 from sgmd_dist.training_samples import Guided, TrainingSamples
@@ -167,8 +171,57 @@ def test_the_vae_decodes_them_and_the_teacher_s_are_taken_once(
     assert teacher.stat().st_mtime_ns == taken
 
 
-def test_training_goes_on_where_they_cannot_be_written(recipe_path: Path) -> None:
-    run_dir(recipe_path).mkdir()
-    (run_dir(recipe_path) / "samples").write_text("in the way")
+def test_training_goes_on_where_a_video_cannot_be_written(recipe_path: Path) -> None:
+    folder = run_dir(recipe_path) / "samples/step-00000001"
+    (folder / "generator" / f"{NAMES[1]}.gif").mkdir(parents=True)
     run_ranks(1, train, recipe_path, ["run.steps=1", f"samples={{{TO_SAMPLE}}}"])
     assert (run_dir(recipe_path) / "checkpoints/step-00000001").is_dir()
+    indexes = sorted(str(path.relative_to(folder)) for path in folder.rglob("videos.json"))
+    assert indexes == ["generator.ema/videos.json"], "an index tells that its videos are there"
+
+
+def test_training_goes_on_where_the_vae_cannot_be_read(recipe_path: Path, wan_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "with_vae"
+    shutil.copytree(wan_folder, folder)
+    (folder / "vae").mkdir()
+    words = ["run.steps=1", f"model.pretrained={folder}", f"samples={{{TO_SAMPLE}}}"]
+    run_ranks(1, train, recipe_path, words)
+    assert (run_dir(recipe_path) / "checkpoints/step-00000001").is_dir()
+    assert not (run_dir(recipe_path) / "samples").exists()
+
+
+class StoppedInStep2(trainer.Trainer):
+    """Asked to stop while a step runs after which samples are due."""
+
+    def train_step(self) -> None:
+        if self.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        super().train_step()
+
+
+def train_until_stopped(recipe_path: Path) -> None:
+    """On rank 1 the prompts' file is another."""
+    recipe = load_recipe(recipe_path, SAMPLE)
+    with process_group() as device:
+        if dist.get_rank() == 1:
+            training_samples.captions_of = lambda section: ["a square"] * 9
+        stopped = StoppedInStep2(recipe, build_mesh(recipe.layout(2), device))
+        try:
+            assert stopped.fit() == EXIT_PREEMPTED
+        finally:
+            stopped.close()
+            del stopped
+
+
+def test_a_run_that_is_asked_to_stop_saves_at_once_and_takes_them_when_it_is_resumed(
+    recipe_path: Path, sampled: tuple[Path, State]
+) -> None:
+    """The prompts are those of rank 0."""
+    run_ranks(2, train_until_stopped, recipe_path)
+    assert (run_dir(recipe_path) / "checkpoints/step-00000002").is_dir()
+    samples = run_dir(recipe_path) / "samples"
+    assert sorted(path.name for path in samples.iterdir()) == ["step-00000000", "teacher"]
+    run_ranks(2, train_and_keep_latents, recipe_path, SAMPLE)
+    expected, found = latents_of(sampled[0]), latents_of(recipe_path)
+    assert {name.split("/")[0] for name in found} == {"2", "3"}
+    assert max(float((found[name] - expected[name]).abs().max()) for name in found) < 1e-5

@@ -6,7 +6,9 @@ import gzip
 import json
 import os
 import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from ranks import run_ranks
 from running import State, max_difference, train
 
 from sgmd_dist import checkpoint
+from sgmd_dist.errors import UserError
 from sgmd_dist.trainer import Trainer
 
 TOKENS = 3 * 4 * 4  # of latents [3, 3, 8, 8] in patches of 1 x 2 x 2
@@ -62,6 +65,23 @@ def test_a_signal_and_the_recipe_record_steps_of_one_rank_and_change_no_bit(
         assert [events.count(part) for part in ranges] == [num_steps] * 3
         assert {"aten::addmm", "aten::_fused_adamw_"} < set(events)
         assert any("all_gather" in event for event in events)
+
+
+def train_refused_by_wandb(recipe_path: Path) -> str:
+    def refuse(**arguments: Any) -> None:
+        raise RuntimeError("no login")
+
+    module = ModuleType("wandb")
+    vars(module).update(Error=RuntimeError, Settings=dict, init=refuse)
+    sys.modules["wandb"] = module
+    with pytest.raises(UserError) as refused:
+        train(recipe_path, ["logging.wandb={mode: online}"])
+    return str(refused.value)
+
+
+def test_no_rank_trains_a_run_that_wandb_refuses(recipe_path: Path) -> None:
+    first, second = run_ranks(2, train_refused_by_wandb, recipe_path)
+    assert first == second and "logging.wandb: RuntimeError no login" in first
 
 
 def test_rates_follow_from_the_seconds_of_a_step(quiet: tuple[Path, State]) -> None:

@@ -66,6 +66,13 @@ def test_the_sheet_has_a_row_for_each_prompt_and_a_column_for_each_seed(tmp_path
             assert getattr(picture, "n_frames", 1) == frames
 
 
+def test_a_prompt_of_several_lines_is_shown_on_one() -> None:
+    tile = torch.zeros(1, 30, 120, 3, dtype=torch.uint8)
+    takes = [takes_of([caption], [0]) for caption in ("a ball,\n  moving\n", "a ball, moving")]
+    shown, expected = (sheet_of([take], {take: tile})[0].tobytes() for [take] in takes)
+    assert shown == expected
+
+
 def test_the_index_says_what_each_video_is_of(tmp_path: Path) -> None:
     write_index(tmp_path / "new", TAKES, ["mp4", "gif"], {"steps": 4})
     index = json.loads((tmp_path / "new/videos.json").read_text())
@@ -81,3 +88,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_index(tmp_path / "file", TAKES, ["mp4"], {})
     with pytest.raises(UserError, match=r"file/sheet.png: cannot be written .*; choose another folder"):
         write_sheet(tmp_path / "file/sheet.png", [Image.new("RGB", (4, 4))])
+
+
+def test_a_gif_that_would_be_too_large_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sheet.gif: 4 x 65536 pixels: a gif has at most 65535 a side; take fewer"):
+        write_sheet(tmp_path / "sheet.gif", [Image.new("RGB", (4, 2**16))])

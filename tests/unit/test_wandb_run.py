@@ -28,10 +28,10 @@ class FakeWandb(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("wandb")
-        self.__spec__ = ModuleSpec("wandb", None)
+        self.__spec__ = ModuleSpec("wandb", None, origin=__file__)
         self.starts: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, float]]] = []
-        self.finished = 0
+        self.exit_codes: list[int] = []
 
     def init(self, **arguments: Any) -> FakeWandb:
         self.starts.append(arguments)
@@ -40,8 +40,8 @@ class FakeWandb(ModuleType):
     def log(self, scalars: dict[str, float], step: int) -> None:
         self.logged.append((step, scalars))
 
-    def finish(self) -> None:
-        self.finished += 1
+    def finish(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
 
 
 @pytest.fixture
@@ -62,12 +62,15 @@ def write(recipe: Recipe, steps: list[int]) -> None:
 
 
 def test_the_missing_package_is_named_before_a_gpu_is_taken(
-    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "wandb").exists()])
     sys.path_importer_cache.clear()
-    with pytest.raises(UserError, match=r"logging.wandb: .* not installed; pip install 'sgmd_dist\[wandb\]'"):
-        wandb_run.check(tiny_recipe(ON))
+    (tmp_path / "wandb").mkdir()  # as offline runs leave one
+    for folders in ([], [str(tmp_path)]):
+        monkeypatch.setattr(sys, "path", [*folders, *sys.path])
+        with pytest.raises(UserError, match=r"logging.wandb: .* not installed; pip install 'sgmd_dist\[wandb\]'"):
+            wandb_run.check(tiny_recipe(ON))
     wandb_run.check(tiny_recipe())
 
 
@@ -80,7 +83,17 @@ def test_a_run_reports_its_recipe_and_every_scalar(tiny_recipe: Callable[..., Re
     assert asked.items() <= start.items()
     assert start["name"] == "tiny" and start["config"] == recipe.resolved() and start["dir"] == recipe.run.dir
     assert fake.logged == [(1, {"generator/grad_norm": 0.1}), (2, {"generator/grad_norm": 0.2})]
-    assert fake.finished == 1
+    assert fake.exit_codes == [0]
+
+
+def test_a_run_that_fails_ends_as_failed(tiny_recipe: Callable[..., Recipe], fake: FakeWandb) -> None:
+    def fail(scalars: dict[str, float], step: int) -> None:
+        raise KeyboardInterrupt
+
+    fake.log = fail
+    with pytest.raises(KeyboardInterrupt):
+        write(tiny_recipe(ON), [1])
+    assert fake.exit_codes == [1]
 
 
 def test_a_resumed_run_is_the_same_run(tiny_recipe: Callable[..., Recipe], fake: FakeWandb) -> None:
@@ -98,6 +111,22 @@ def test_what_the_package_refuses_is_said_with_a_mend(tiny_recipe: Callable[...,
     fake.init = refuse
     with pytest.raises(UserError, match=r"logging.wandb: .*api_key not configured .*; run `wandb login`"):
         write(tiny_recipe(ON), [1])
+
+
+@pytest.mark.parametrize("what", ["log", "finish"])
+def test_training_goes_on_where_the_package_fails_later(
+    tiny_recipe: Callable[..., Recipe], fake: FakeWandb, what: str
+) -> None:
+    calls: list[int] = []
+
+    def fail(*arguments: Any, **named: Any) -> None:
+        calls.append(1)
+        raise ConnectionResetError("the service is gone")
+
+    setattr(fake, what, fail)
+    write(tiny_recipe(ON), [1, 2])
+    assert len(calls) == 1, "it is asked no more"
+    assert len((Path(tiny_recipe().run.dir) / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
