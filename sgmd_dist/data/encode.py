@@ -84,6 +84,11 @@ class TextEncoder:
             raise UserError(
                 f"{folder / part}: transformers cannot read it ({why}); download the folder again"
             ) from error
+        if encoding.chat is not None and tokenizer.chat_template is None:
+            raise UserError(
+                f"{folder / 'tokenizer'}: has no chat template, and this model family's captions are told to a language"
+                " model; give the pipeline's own folder"
+            )
         longest = min(max_tokens or encoding.max_tokens, tokenizer.model_max_length)
         return cls(tokenizer, encoder.to(device), longest, encoding)
 

@@ -80,6 +80,11 @@ def test_the_padding_changes_what_an_unmasked_encoder_makes_of_a_caption() -> No
     assert (masked - open_).abs().max() > 1e-3
 
 
+def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+    with pytest.raises(UserError, match="tokenizer: has no chat template"):
+        encoder_of(HunyuanVideo15.text_encoding)
+
+
 def test_a_family_whose_text_encoder_is_not_built_is_refused() -> None:
     with pytest.raises(UserError, match=r"not encoded here; make shards .* launch/prepare.py index"):
         encoder_of(None)

@@ -11,11 +11,12 @@ import torch
 from tiny_families import FAMILIES, LATENTS, TEXT_WIDTH, Family
 from torch import Tensor, nn
 
-from sgmd_dist import adapters, registry
+from sgmd_dist import adapters, heads, registry
 from sgmd_dist.adapters import Lora
 from sgmd_dist.assemble import load_network, plan_networks
 from sgmd_dist.errors import UserError
 from sgmd_dist.export import export_adapter, export_diffusers
+from sgmd_dist.objectives.dmd2 import GanSection
 from sgmd_dist.parallel.load import fill, load_safetensors
 from sgmd_dist.parallel.sequence import SequenceAxis
 from sgmd_dist.recipe_file import load_recipe
@@ -135,6 +136,17 @@ def test_an_unsharded_network_computes_the_same(family: Family, folder: Path, ba
     velocity = network(batch["latents"], SIGMA, batch["condition"], 0.9)
     expected = model.velocity(loaded(model), sigma=SIGMA, **batch)
     torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_a_head_reads_the_tokens_of_the_video(family: Family, folder: Path, batch: dict[str, Tensor]) -> None:
+    """Also where a block gives out those of the text too."""
+    model = build(family, folder)
+    module = loaded(model)
+    heads.inject(module, model, GanSection(width=8))
+    with heads.asked(heads.heads_of(module), LATENTS) as logits:
+        velocity = model.velocity(module, sigma=SIGMA, **batch)
+    assert logits[0].shape == (2,) and logits[0].isfinite().all()
+    torch.testing.assert_close(velocity, model.velocity(loaded(model), sigma=SIGMA, **batch))
 
 
 def test_gradients_reach_latents_and_parameters(family: Family, folder: Path, batch: dict[str, Tensor]) -> None:
