@@ -7,6 +7,7 @@ from pathlib import Path
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.foreign import read_negative_embeds
 from sgmd_dist.data.format import NEGATIVE_PROMPT_NAME, write_negative_prompt
+from sgmd_dist.data.row_encoders import text_encoding_of
 from sgmd_dist.errors import UserError
 
 
@@ -18,7 +19,7 @@ def write_where_missing(
     Args:
         embed_dim: D of the shards' prompt_embeds.
         copied_from: a data set's folder or a file, see `read_negative_embeds`.
-        text_encoder: a diffusers folder to encode it with.
+        text_encoder: a diffusers folder to encode it with, as the pipeline of its transformer does.
 
     Raises:
         UserError: what is to be copied, or the text encoder, cannot be read or has another width.
@@ -29,7 +30,7 @@ def write_where_missing(
     if copied_from is not None:
         said, embeds = f"--negative-prompt-from {copied_from}", read_negative_embeds(copied_from)
     elif text_encoder is not None:
-        encoder = TextEncoder.from_pretrained(text_encoder)
+        encoder = TextEncoder.from_pretrained(text_encoder, encoding=text_encoding_of(text_encoder))
         said, embeds = f"--text-encoder {text_encoder}", encoder.encode([NEGATIVE_PROMPT])[0]
     else:
         return f"{path}: missing, training needs it; call again with --negative-prompt-from or --text-encoder"
