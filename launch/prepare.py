@@ -114,7 +114,10 @@ def prepare_prompts(args: argparse.Namespace) -> int:
 
 
 def _text_settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {"text_dtype": args.text_dtype, "max_tokens": args.max_tokens, "negative_prompt": args.negative_prompt}
+    from sgmd_dist.data.row_encoders import text_settings
+
+    named = {"text_dtype": args.text_dtype, "max_tokens": args.max_tokens, "negative_prompt": args.negative_prompt}
+    return {**named, **text_settings(args.pretrained)}
 
 
 def _prepare(

@@ -57,9 +57,11 @@ class TextEncoder:
     ) -> TextEncoder:
         """Load from local files only; the class comes from `architectures` in text_encoder/config.json.
 
-        Captions are cut at `max_tokens`, by default the encoding's, or at the tokenizer's own model_max_length where
-        that is shorter. Raises UserError naming what is missing, cannot be read or is another family's, or that there
-        is no `encoding`.
+        Captions are cut at `max_tokens`, by default the encoding's; where padding is masked, at the tokenizer's own
+        model_max_length if that is shorter. An encoder that attends to the padding gets as much as its pipeline adds.
+
+        Raises UserError naming what is missing, cannot be read or is another family's, or that there is no `encoding` or
+        one of another length.
         """
         folder = Path(folder)
         encoding = known_encoding(encoding, str(folder))
@@ -90,7 +92,14 @@ class TextEncoder:
                 f"{folder / 'tokenizer'}: has no chat template, and this model family's captions are told to a language"
                 " model; give the pipeline's own folder"
             )
-        longest = min(max_tokens or encoding.max_tokens, tokenizer.model_max_length)
+        longest = max_tokens or encoding.max_tokens
+        if encoding.keeps_padding and longest != encoding.max_tokens:
+            raise UserError(
+                f"{folder}: captions of {longest} tokens, expected {encoding.max_tokens}: the padding of prompts is a"
+                " part of this network's sequence; leave out --max-tokens"
+            )
+        if encoding.is_masked:
+            longest = min(longest, tokenizer.model_max_length)
         return cls(tokenizer, encoder.to(device), longest, encoding)
 
     @property

@@ -19,7 +19,7 @@ def write_where_missing(
     Args:
         embed_dim: D of the shards' prompt_embeds.
         copied_from: a data set's folder or a file, see `read_negative_embeds`.
-        text_encoder: a diffusers folder to encode it with.
+        text_encoder: a diffusers folder to encode it with, as the pipeline of its transformer does.
 
     Raises:
         UserError: what is to be copied, or the text encoder, cannot be read or has another width.

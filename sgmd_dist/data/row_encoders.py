@@ -143,14 +143,16 @@ class VideoRows:
         latents, expected = self._autoencoder.encode(pictures), self._latent_shapes[bucket]
         if tuple(latents.shape) != expected:
             raise RuntimeError(f"bucket {bucket.name}: the VAE made {tuple(latents.shape)}, its config says {expected}")
-        if not bool(torch.isfinite(latents).all()):
-            return Skipped("its latents are not finite")
+        image = self._image(pictures)
+        for name, tensor in {"latents": latents, **image}.items():
+            if not bool(torch.isfinite(tensor).all()):
+                return Skipped(f"its {name} are not finite")
         extra = {
             "fps": float(self._frames_per_second),
             "source_fps": clip.frames_per_second,
             "source_size": list(clip.stored),
         }
-        return Sample(embeds, latents, expected, bucket.name, row.video or "", extra, **self._image(pictures))
+        return Sample(embeds, latents, expected, bucket.name, row.video or "", extra, **image)
 
     def _image(self, pictures: Tensor) -> dict[str, Tensor]:
         """What an image-to-video model sees of the first of `pictures`, by the names of a sample's tensors."""
@@ -245,6 +247,16 @@ def image_settings(pretrained: Path) -> dict[str, Any]:
     if _check_transformer(pretrained, {}) is None:
         return {}
     return {"image_sha256": pretrained_fingerprint(pretrained, IMAGE_PARTS)}
+
+
+def text_settings(pretrained: Path) -> dict[str, Any]:
+    """What decides on prompt embeddings beside the text encoder itself; nothing for Wan's way.
+
+    Raises:
+        UserError: the folder's transformer cannot be read.
+    """
+    encoding = text_encoding_of(pretrained)
+    return {} if encoding == TEXT_ENCODING else {"text_encoding": repr(encoding)}
 
 
 def text_encoding_of(pretrained: Path) -> TextEncoding | None:

@@ -49,7 +49,7 @@ def open_shards(recipe: Recipe, model: VideoModel) -> ShardIndex:
     paths = [str(_materialize(source, recipe, model)) for source in shard_list(recipe.data.shards)]
     index = ShardIndex.open(paths, shard_cache(recipe))
     _check_fit(index, recipe, model)
-    index.negative_prompt()
+    _check_negative_prompt(index, recipe, model)
     return index
 
 
@@ -94,7 +94,7 @@ def check_sources(
                 " shards with latents or change that key"
             )
     if not any(source.startswith((WORLD, PROMPTS)) for source in sources):  # these write one
-        ShardIndex.open(sources, shard_cache(recipe)).negative_prompt()
+        _check_negative_prompt(ShardIndex.open(sources, shard_cache(recipe)), recipe, model)
 
 
 class _Kept(NamedTuple):
@@ -271,6 +271,17 @@ def _check_latents(shards: str | list[str], what: str, shape: LatentShape, model
         raise UserError(
             f"data.shards = {_shown(shards)}: {what} has latents {shape}; the model takes {smallest[0]} channels and"
             f" frames, height, width in multiples of {smallest[1:]}; use the model that the data are for, or other data"
+        )
+
+
+def _check_negative_prompt(index: ShardIndex, recipe: Recipe, model: VideoModel) -> None:
+    """It stands for all prompts: an index does not say how long these are."""
+    encoding, found = model.text_encoding, len(index.negative_prompt())
+    if encoding is not None and encoding.keeps_padding and found != encoding.max_tokens:
+        raise UserError(
+            f"data.shards = {_shown(recipe.data.shards)}: the negative prompt has {found} embeddings, expected"
+            f" {encoding.max_tokens}: the padding of prompts is a part of this network's sequence; prepare the shards"
+            " with this model's folder"
         )
 
 

@@ -54,7 +54,6 @@ class DiffusersModel:
     boundaries: tuple[float, ...] = ()
     image_input: ImageInput | None = None
     text_encoding: TextEncoding | None = None
-    image_input: ImageInput | None = None
     splits_sequences: bool = False
     has_fused_blocks: bool = False
     scheduler_call: SchedulerCall | None = None

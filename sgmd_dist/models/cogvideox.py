@@ -6,12 +6,13 @@ Text and video are one sequence, the text's padding included: prompts have one l
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
@@ -31,7 +32,7 @@ from sgmd_dist.recipe import Section as RecipeSection
 NETWORK = CogVideoXTransformer3DModel
 
 _SCHEDULER = Path("scheduler", "scheduler_config.json")
-_SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # of one diffusion
+_SCHEDULERS = {kind.__name__: kind for kind in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)}  # of one diffusion
 
 
 class CogVideoXConfig(RecipeSection):
@@ -201,13 +202,15 @@ def _noise_schedule(chosen: NoiseSchedule | None, folder: Path | None) -> NoiseS
             " for 2B"
         )
     config = read_object(path, "model.noise_schedule")
-    if config.get("_class_name") not in _SCHEDULERS:
+    name = config.get("_class_name")
+    if name not in _SCHEDULERS:
         raise UserError(
-            f"{path}: describes {config.get('_class_name')}, expected {' or '.join(_SCHEDULERS)}; set"
-            " model.noise_schedule instead"
+            f"{path}: describes {name}, expected {' or '.join(_SCHEDULERS)}; set model.noise_schedule instead"
         )
+    # What a file lacks has the scheduler's defaults, which are not those of `NoiseSchedule`.
+    defaults = {p.name: p.default for p in inspect.signature(_SCHEDULERS[name].__init__).parameters.values()}
     try:
-        return NoiseSchedule.model_validate({k: config[k] for k in NoiseSchedule.model_fields if k in config})
+        return NoiseSchedule.model_validate({k: config.get(k, defaults[k]) for k in NoiseSchedule.model_fields})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))

@@ -22,7 +22,7 @@ from sgmd_dist.data.examine import build_index
 from sgmd_dist.data.format import write_negative_prompt
 from sgmd_dist.data.index import ShardIndex, consolidate
 from sgmd_dist.data.manifest import read_videos
-from sgmd_dist.data.preparation import Sample, prepare
+from sgmd_dist.data.preparation import Sample, Skipped, prepare
 from sgmd_dist.data.record import ShardRecord, sidecar_path
 from sgmd_dist.data.row_encoders import VideoRows, image_settings, transformer_latents
 from sgmd_dist.data.shards import ShardWriter
@@ -106,6 +106,16 @@ def test_a_folder_without_its_image_encoder_is_refused(folder: Path, image_pipel
     assert image_settings(tmp_path / "copy") != image_settings(image_pipeline)
     with pytest.raises(UserError, match=r"image_processor: cannot be read as the image encoder's"):
         encoded(folder, tmp_path / "copy")
+
+
+def test_an_image_that_is_not_finite_is_a_reason(
+    folder: Path, image_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As latents that are not: the videos after it are prepared."""
+    encoder = encoded(folder, image_pipeline)
+    monkeypatch.setattr(encoder._image_encoder, "encode", lambda picture: torch.full((3, 4), torch.nan))
+    results = [result for _, result in encoder.encode(read_videos(folder).rows)]
+    assert results == [Skipped("its image_embeds are not finite")] * len(results)
 
 
 # The format

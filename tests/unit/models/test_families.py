@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_families import FAMILIES, LATENTS, TEXT_WIDTH, Family
+from diffusers import CogVideoXDDIMScheduler, LTXConditionPipeline, LTXPipeline
+from tiny_families import FAMILIES, LATENTS, TEXT_WIDTH, Family, mask_of
 from torch import Tensor, nn
 
 from sgmd_dist import adapters, heads, registry
@@ -92,6 +94,45 @@ def test_other_versions_of_cogvideox(changes: dict[str, Any], shape: tuple[int, 
     velocity = model.velocity(loaded(model), latents, SIGMA, text)
     expected = version.velocity(version.random(), latents, SIGMA, text, LENGTHS)
     torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_later_versions_of_ltx_count_the_first_frame_as_one(tmp_path: Path, batch: dict[str, Tensor]) -> None:
+    """As the pipeline that the folder names, also for a transformer that was trained from it."""
+    family = FAMILIES["ltx"]
+    folder = family.save(tmp_path / "pipeline")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "LTXConditionPipeline"}))
+    trained = family.save(tmp_path / "run") / "transformer"
+    latents, text = batch["latents"], batch["condition"]
+    frames, height, width = latents.shape[2:]
+    ids = LTXConditionPipeline._prepare_video_ids(2, frames, height, width)
+    places = LTXConditionPipeline._scale_video_ids(ids, 32, 8).float()
+    places[:, 0] = places[:, 0] * (1.0 / 16)
+    expected = family.random()(
+        hidden_states=LTXPipeline._pack_latents(latents),
+        encoder_hidden_states=text,
+        timestep=1000 * SIGMA,
+        encoder_attention_mask=mask_of(text, LENGTHS),
+        video_coords=places,
+        return_dict=False,
+    )[0]
+    expected = LTXPipeline._unpack_latents(expected, frames, height, width)
+    for place in (folder, folder / "transformer", trained):
+        model = build(family, place, frame_rate=16.0, pretrained=str(folder))
+        torch.testing.assert_close(model.velocity(loaded(model), sigma=SIGMA, **batch), expected, rtol=1e-4, atol=2e-5)
+        assert model.text_encoding.max_tokens == 256 and model.scheduler_call is None
+    earlier = build(family, folder, frame_rate=16.0, causal_positions=False)
+    assert (earlier.velocity(loaded(earlier), sigma=SIGMA, **batch) - expected).abs().max() > 1e-3
+
+
+def test_a_scheduler_without_all_keys_has_its_own_defaults(tmp_path: Path) -> None:
+    family = FAMILIES["cogvideox"]
+    folder = family.save(tmp_path)
+    named = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(named))
+    products = CogVideoXDDIMScheduler(prediction_type="v_prediction").alphas_cumprod.double()
+    signal, noise = products.sqrt(), (1 - products).sqrt()
+    levels = torch.tensor(build(family, folder).levels, dtype=torch.float64)
+    torch.testing.assert_close(levels, noise / (signal + noise))
 
 
 def test_cogvideox_wants_its_diffusion_and_its_length_of_text(tmp_path: Path) -> None:
