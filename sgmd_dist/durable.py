@@ -38,6 +38,21 @@ def write_durably(path: Path, data: bytes) -> None:
         publish(file, temporary, path)
 
 
+def check_writable(folder: Path, said: str) -> None:
+    """Refuse a folder that nothing can be written into, before hours go into what it is to hold; makes nothing.
+
+    Args:
+        said: how the user named it, as "--out FOLDER".
+
+    Raises:
+        UserError: it, or what it would be made in, is no folder or does not let this user write.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written into" if os.path.isdir(there) else "is no folder"
+        raise UserError(f"{said}: {there} {what}; choose another folder")
+
+
 @contextmanager
 def lock(path: Path, refusal: str) -> Iterator[None]:
     """Hold the lock file `path` for the length of the context; the system frees it when the process dies.
