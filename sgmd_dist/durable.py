@@ -53,6 +53,17 @@ def check_writable(folder: Path, said: str) -> None:
         raise UserError(f"{said}: {there} {what}; choose another folder")
 
 
+def check_writable_file(path: Path, said: str) -> None:
+    """`check_writable` for one file.
+
+    Raises:
+        UserError: it cannot be made, or is a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"{said}: is a folder; name a file")
+    check_writable(path.parent, said)
+
+
 @contextmanager
 def lock(path: Path, refusal: str) -> Iterator[None]:
     """Hold the lock file `path` for the length of the context; the system frees it when the process dies.
