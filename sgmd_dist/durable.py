@@ -48,9 +48,10 @@ def check_writable(folder: Path, said: str) -> None:
         UserError: it, or what it would be made in, is no folder or does not let this user write.
     """
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
-    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written into" if os.path.isdir(there) else "is no folder"
-        raise UserError(f"{said}: {there} {what}; choose another folder")
+    if not os.path.isdir(there):
+        raise UserError(f"{said}: {there} is no folder; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{said}: {there} may not be written into; choose another folder")
 
 
 def check_writable_file(path: Path, said: str) -> None:
