@@ -25,7 +25,7 @@ TRAIN = (
     "python launch/train.py recipes/tiny_sgmd.yaml run.steps=2 data.global_batch_size=4 optim.ema.decay=0.5"
     " optim.generator.lr=1e-3 run.dir={run}"
 )
-LORA = "model.generator.lora.rank=4 model.fake_score.lora.rank=4"
+LORA = "model.generator.lora.rank=4 model.fake_score.lora.rank=4 'data.video={num_frames: 8, height: 12, width: 12}'"
 Export = Callable[[str, str], Done]
 
 
@@ -87,6 +87,8 @@ def test_the_stock_pipeline_gives_the_latents_of_our_sampler(
     other = "generator" if which == "generator.ema" else "generator.ema"
     assert (found - our_latents(runs / run, which)).abs().max() < 1e-5
     assert (found - our_latents(runs / run, other)).abs().max() > 1e-4, "the weights that were asked for"
+    call = (tmp_path / "out/README.md").read_text().partition("pipe(prompt, ")[2]
+    assert call.startswith("num_frames=8, height=12, width=12, num_inference" if run == "lora" else "num_inference")
 
 
 def test_the_card_tells_everything(export: Export, runs: Path, tmp_path: Path) -> None:
