@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sgmd_dist.durable import check_writable, check_writable_file
 from sgmd_dist.errors import positive_float, positive_int, reports_user_errors
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ def main() -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "step":
         args.overrides += rest
+    if args.out is not None:
+        check = check_writable if args.command == "science" else check_writable_file
+        check(args.out, f"--out {args.out}")
     return args.run(args)
 
 

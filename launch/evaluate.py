@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--vbench-dimensions", nargs="+", metavar="NAME", help="default: those for any prompt")
     parser.add_argument("--vbench-standard", action="store_true", help="the prompts are VBench's own")
     args = parser.parse_args()
+    _refuse(args)
 
     from sgmd_dist.parallel.mesh import process_group
 
@@ -52,17 +53,30 @@ def main() -> None:
         _run_vbench(args)  # with the device's memory free
 
 
+def _refuse(args: argparse.Namespace) -> None:
+    """Options that say nothing of what is asked for."""
+    scoring = {"--real": args.real, "--against": args.against}
+    judging = {"--vbench-dimensions": args.vbench_dimensions, "--vbench-standard": args.vbench_standard or None}
+    wrong = [name for name, value in (scoring if args.vbench else judging).items() if value is not None]
+    if wrong and args.vbench:
+        raise UserError(f"--vbench, {', '.join(wrong)}: VBench's videos are made instead of the scores; leave out one")
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: is for VBench's videos; add --vbench FOLDER, or leave it out")
+
+
 def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
     import torch.distributed as dist
 
     from sgmd_dist import comparison, evaluation_files
     from sgmd_dist.checkpoint import together
     from sgmd_dist.data.sources import latent_shape_of
+    from sgmd_dist.durable import check_writable
     from sgmd_dist.protocol import evaluated_of, read_stored
     from sgmd_dist.sampling import open_source
 
     source, which = open_source(args.model), "generator.ema" if args.ema else "generator"
     is_main, num_ranks = dist.get_rank() == 0, dist.get_world_size()
+    out = args.out or source.checkpoint.parents[1]
     against = None if args.against is None else read_stored(args.against)
     shape, real = latent_shape_of(source.recipe, source.model), []
 
@@ -71,6 +85,7 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
         if not is_main:
             return None
         source.few_steps  # noqa: B018  # refuses what trains no generator before data are opened
+        check_writable(out, f"--out {out}")
         real.extend(_real_videos(args.real, source, shape))
         return _protocol(args, source, shape, real, against)
 
@@ -83,12 +98,11 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
     found = comparison.compare(source, protocol, which, device, real=latents, batch_size=args.batch_size)
     if not is_main:
         return
-    out = args.out or source.checkpoint.parents[1]
-    evaluated = evaluated_of(source, which, device, num_ranks, args.batch_size)
-    evaluation_files.write(out, found, evaluated, source, device, against)
     scores = found.scores if against is None else comparison.side_by_side(found.scores, against.scores)
     print(comparison.table(scores, comparison.DETAILS))
-    print(comparison.table(scores, comparison.HEADLINE))
+    print(comparison.table(scores, comparison.HEADLINE), flush=True)
+    evaluated = evaluated_of(source, which, device, num_ranks, args.batch_size)
+    evaluation_files.write(out, found, evaluated, source, device, against)
     print(" ".join(f"{out}/{name}" for name in evaluation_files.NAMES))
 
 

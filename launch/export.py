@@ -67,6 +67,12 @@ def _which(args: argparse.Namespace) -> Which:
 
 def _refuse(args: argparse.Namespace, lora: Lora | None, path: Path) -> None:
     """Options that contradict one another or the run."""
+    from sgmd_dist.parallel.mesh import world_size
+
+    if world_size() > 1:
+        raise UserError(
+            f"launch/export.py: {world_size()} ranks would write one folder; start it with python, not torchrun"
+        )
     if args.out.exists():
         raise UserError(f"{args.out}: exists already; choose another folder or remove it")
     if args.merge and lora is None:

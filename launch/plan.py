@@ -36,12 +36,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     args = parser.parse_intermixed_args()
 
+    from sgmd_dist.durable import check_writable_file
     from sgmd_dist.planner.advice import advise
     from sgmd_dist.planner.machine import Machine
     from sgmd_dist.planner.plan import make_plan
     from sgmd_dist.planner.report import table, write_json
     from sgmd_dist.recipe_file import load_recipe
 
+    if args.json is not None:
+        check_writable_file(args.json, f"--json {args.json}")
     recipe = load_recipe(args.recipe, args.overrides)
     intra, inter = args.bandwidth
     machine = Machine(args.nodes, args.gpus_per_node, args.gpu_memory, args.peak_tflops, args.mfu, intra, inter)

@@ -196,7 +196,9 @@ def prepare_world_videos(args: argparse.Namespace) -> None:
 def prepare_text_encoder(args: argparse.Namespace) -> None:
     from sgmd_dist.data.encode import make_tiny_text_encoder
     from sgmd_dist.data.world import all_captions
+    from sgmd_dist.durable import check_writable
 
+    check_writable(args.out, f"OUT = {args.out}")
     make_tiny_text_encoder(args.out, all_captions(), args.seed)
     print(f"{args.out}: tokenizer and text encoder of the moving-shapes world")
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from sgmd_dist.errors import natural_int, positive_float, positive_int, reports_user_errors
+from sgmd_dist.registry import MODELS, available
 
 
 @reports_user_errors
@@ -34,9 +35,12 @@ def main() -> None:
     parser.add_argument("--size", type=_size, metavar="FxHxW", help="frames, height, width; default: the recipe's")
     parser.add_argument("--pretrained", type=Path, help="folder with text encoder and VAE; default: the model's own")
     parser.add_argument("--recipe", type=Path, help="recipe of a folder that has none of its own")
-    parser.add_argument("--family", default="wan", help="model family of a folder without recipe; default: wan")
+    parser.add_argument(
+        "--family", choices=available(MODELS), help="model family of a folder without recipe; default: wan"
+    )
     args = parser.parse_args()
 
+    from sgmd_dist.durable import check_writable
     from sgmd_dist.generators import Options, open_generator, write_videos
     from sgmd_dist.parallel.mesh import process_group
     from sgmd_dist.sampling import encode_together, read_captions
@@ -52,6 +56,7 @@ def main() -> None:
         recipe=args.recipe,
         family=args.family,
     )
+    check_writable(args.out, f"--out {args.out}")
     seeds = range(args.num_seeds) if args.num_seeds else list(dict.fromkeys(args.seeds))
     with process_group() as device:
         generator = open_generator(args.model, options)

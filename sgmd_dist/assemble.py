@@ -319,7 +319,7 @@ def low_rank_adapter(
     """The difference of trained `weights` from the pretrained ones as an adapter on every linear layer.
 
     Raises:
-        UserError: there are no pretrained files, or no linear layer changed.
+        UserError: there are no pretrained files, no linear layer changed, or none has so high a rank.
     """
     if not model.weight_files():
         raise UserError(
@@ -328,6 +328,11 @@ def low_rank_adapter(
         )
     with torch.device("meta"):
         module = model.build()
+    highest = max(min(layer.weight.shape) for layer in module.modules() if isinstance(layer, nn.Linear))
+    if rank > highest:
+        raise UserError(
+            f"--svd-rank {rank}: no linear layer of this model has a rank above {highest}; give at most that"
+        )
     found = low_rank(weights, base_weights(model, 0), _linear_layers(module), rank, device)
     if not found.energies:
         raise UserError(f"--svd-rank {rank}: the weights are those that the run began from; nothing to export")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Origin:
         chain: number of steps and time shift that the weights were trained for; None where they are no few-step
             generator's.
         scores: text on the run's last evaluation.
+        size: of the videos, as arguments of diffusers' pipelines; empty where the recipe does not say it.
     """
 
     recipe: str
@@ -44,6 +45,7 @@ class Origin:
     pretrained: Path | None
     chain: tuple[int, float] | None = None
     scores: str = ""
+    size: Mapping[str, int] = field(default_factory=dict)
 
 
 def origin_of(source: Source, which: Which, more: Mapping[str, str]) -> Origin:
@@ -71,7 +73,8 @@ def origin_of(source: Source, which: Which, more: Mapping[str, str]) -> Origin:
     }
     chain = source.few_steps if "student_steps" in recipe.objective.model_dump() else None
     text = (source.checkpoint / checkpoint.RECIPE_FILE).read_text(encoding="utf-8")
-    return Origin(text, facts, source.pretrained, chain, _scores(source.checkpoint.parents[1]))
+    size = {} if recipe.data.video is None else recipe.data.video.model_dump()
+    return Origin(text, facts, source.pretrained, chain, _scores(source.checkpoint.parents[1]), size)
 
 
 def card(origin: Origin, title: str, use: str, kind: str = "text") -> dict[str, str]:

@@ -38,6 +38,33 @@ def write_durably(path: Path, data: bytes) -> None:
         publish(file, temporary, path)
 
 
+def check_writable(folder: Path, said: str) -> None:
+    """Refuse a folder that nothing can be written into, before hours go into what it is to hold; makes nothing.
+
+    Args:
+        said: how the user named it, as "--out FOLDER".
+
+    Raises:
+        UserError: it, or what it would be made in, is no folder or does not let this user write.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+    if not os.path.isdir(there):
+        raise UserError(f"{said}: {there} is no folder; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{said}: {there} may not be written into; choose another folder")
+
+
+def check_writable_file(path: Path, said: str) -> None:
+    """`check_writable` for one file.
+
+    Raises:
+        UserError: it cannot be made, or is a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"{said}: is a folder; name a file")
+    check_writable(path.parent, said)
+
+
 @contextmanager
 def lock(path: Path, refusal: str) -> Iterator[None]:
     """Hold the lock file `path` for the length of the context; the system frees it when the process dies.

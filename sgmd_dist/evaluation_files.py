@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate
 from sgmd_dist.comparison import DETAILS, HEADLINE, Comparison, side_by_side
 from sgmd_dist.decode import decoder, write_video
 from sgmd_dist.durable import write_durably
+from sgmd_dist.errors import UserError
 from sgmd_dist.evaluation import contact_sheet, write_sheets_gif
 from sgmd_dist.protocol import PROTOCOL_FILE, SCORES_FILE, Evaluated, Stored, protocol_bytes
 from sgmd_dist.report.curves import read_curves
@@ -42,8 +43,26 @@ def write(
     device: torch.device,
     against: Stored | None = None,
 ) -> None:
-    """Write every file into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write every file into `folder`.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, comparison, evaluated, source, device, against)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}); make room, or name another folder by --out") from None
+
+
+def _write(
+    folder: Path,
+    comparison: Comparison,
+    evaluated: Evaluated,
+    source: Source,
+    device: torch.device,
+    against: Stored | None,
+) -> None:
     write_durably(folder / SCORES_FILE, (json.dumps(comparison.scores, indent=1) + "\n").encode())
     write_durably(folder / PROTOCOL_FILE, protocol_bytes(comparison.protocol, evaluated))
     is_video_itself = source.pretrained is None or not (source.pretrained / "vae").is_dir()

@@ -31,6 +31,7 @@ from sgmd_dist.video_folder import Take, sheet_of, tile_of, write_index, write_s
 PIPELINE_INDEX = "model_index.json"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 _TRANSFORMER, _SECOND = "transformer", "transformer_2"
+_FAMILY = "wan"  # of a folder of which nothing tells it
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Options:
         size: frames, height and width of the videos in pixels.
         pretrained: a diffusers folder with text encoder and VAE.
         recipe: a recipe's file, for a folder without one.
-        family: the model family of a folder without recipe.
+        family: the model family of a folder without recipe; None: wan.
     """
 
     which: Which = "generator"
@@ -52,7 +53,7 @@ class Options:
     size: tuple[int, int, int] | None = None
     pretrained: Path | None = None
     recipe: Path | None = None
-    family: str = "wan"
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,10 @@ def open_generator(path: Path, options: Options) -> Generator:
     """Find out what is at `path`; reads no weights.
 
     Raises:
-        UserError: it is nothing that can be sampled, or it lacks something that an option can say.
+        UserError: it is nothing that can be sampled, or it lacks something that an option can say; or an option names
+            what is not there, or says what the model's own recipe says.
     """
+    _check_pretrained(options.pretrained)
     if (path / checkpoint.FOLDER).is_dir() or not any((path / name).exists() for name in _MARKS):
         return _of_checkpoint(_checkpoint(path), options)
     if (path / ADAPTER_FILE).exists():
@@ -101,6 +104,14 @@ def open_generator(path: Path, options: Options) -> Generator:
 _MARKS = (PIPELINE_INDEX, _TRANSFORMER, "config.json", ADAPTER_FILE)
 
 
+def _check_pretrained(folder: Path | None) -> None:
+    if folder is not None and not any((folder / part).is_dir() for part in (*TEXT_PARTS, "vae")):
+        raise UserError(
+            f"--pretrained {folder}: expected a diffusers folder with {', '.join(TEXT_PARTS)} or vae (working directory"
+            f" {Path.cwd()}); mend the path, or leave out --pretrained where the model has its own"
+        )
+
+
 def _checkpoint(path: Path) -> Path:
     try:
         return checkpoint.find(path)
@@ -111,8 +122,11 @@ def _checkpoint(path: Path) -> Path:
 
 
 def _of_checkpoint(path: Path, options: Options) -> Generator:
+    if options.recipe is not None:
+        raise UserError(f"--recipe {options.recipe}: {path} has the recipe of its training; leave out --recipe")
     source = open_source(path)
     recipe, model = source.recipe, source.model
+    _check_family(path, recipe, options)
     check_takes_prompts(model, str(source.checkpoint))
     num_steps, shift = options.num_steps, options.shift
     if num_steps is None or shift is None:
@@ -137,8 +151,9 @@ def _of_folder(path: Path, options: Options) -> Generator:
         raise UserError(f"{path}: an export holds one set of weights; leave out --ema (launch/export.py has it too)")
     recipe = _recipe_of(path, options)
     if recipe is None:
-        section = registry.load(registry.MODELS, options.family).Section(pretrained=str(path))
+        section = registry.load(registry.MODELS, options.family or _FAMILY).Section(pretrained=str(path))
     else:
+        _check_family(path, recipe, options)
         section = recipe.model.model_copy(update={"pretrained": str(path)})
     if (path / _SECOND).is_dir() and not (path / PIPELINE_INDEX).exists():
         raise UserError(
@@ -159,6 +174,14 @@ def _of_folder(path: Path, options: Options) -> Generator:
         section.text_tokens,
         _decoder(folders),
     )
+
+
+def _check_family(path: Path, recipe: Recipe, options: Options) -> None:
+    if options.family not in (None, recipe.model.family):
+        raise UserError(
+            f"--family {options.family}: the recipe of {path} says model.family = {recipe.model.family}; leave out"
+            " --family"
+        )
 
 
 def _recipe_of(path: Path, options: Options) -> Recipe | None:
@@ -189,7 +212,10 @@ def _decoder(folders: list[Path]) -> Path | None:
 
 def _latent_shape(path: Path, recipe: Recipe | None, model: VideoModel, options: Options) -> LatentShape:
     if options.size is not None:
-        return model.latent_shape(*options.size)
+        try:
+            return model.latent_shape(*options.size)
+        except UserError as error:
+            raise UserError(f"--size {'x'.join(map(str, options.size))}: {error}") from None
     if recipe is None:
         raise UserError(
             f"{path}: nothing says how large its videos are; add --size FRAMESxHEIGHTxWIDTH, or --recipe FILE"

@@ -122,13 +122,14 @@ def _class_of(source: Path, part: str) -> list[str | None]:
 def _card(
     pipeline: str, model: VideoModel, num_steps: int, shift: float, dtype: torch.dtype, origin: Origin
 ) -> dict[str, str]:
+    size = "".join(f"{name}={value}, " for name, value in origin.size.items())
     kind, inputs = ("text", "prompt") if model.image_input is None else ("image", "image, prompt")
     use = f"""\
     import torch
     from diffusers import {pipeline}
 
     pipe = {pipeline}.from_pretrained("THIS FOLDER", torch_dtype={dtype})
-    video = pipe({inputs}, num_inference_steps={num_steps}, guidance_scale=1.0).frames[0]
+    video = pipe({inputs}, {size}num_inference_steps={num_steps}, guidance_scale=1.0).frames[0]
 
 The scheduler takes the sigmas of the training: {sigmas((num_steps, shift))}. Other numbers of steps, and guidance, are
 not what it was trained for."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sgmd_dist import health, profiling, resume, training_samples, wandb_run
 from sgmd_dist.assemble import build_objective, plan_networks
 from sgmd_dist.data.sources import check_sources, latent_shape_of
+from sgmd_dist.durable import check_writable
 from sgmd_dist.errors import UserError
 from sgmd_dist.layout import Layout
 from sgmd_dist.models.base import VideoModel
@@ -31,6 +34,7 @@ def check(recipe: Recipe, layout: Layout) -> list[str]:
     wandb_run.check(recipe)
     profiling.check(recipe, layout)
     training_samples.check(recipe)
+    check_writable(Path(recipe.run.dir), f"run.dir = '{recipe.run.dir}'")
     resume.decide(recipe)
     _check_attention(recipe, generator)
     lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def read_captions(words: Sequence[str]) -> list[str]:
     """
     captions: list[str] = []
     for word in words:
-        looks_like_file = word.endswith(".txt") or (len(word) < 255 and Path(word).is_file())
+        looks_like_file = word.endswith(".txt") or os.path.isfile(word)  # of a long caption Path raises
         captions += captions_in(word, f"--prompts {word}") if looks_like_file else [word]
     return captions
 

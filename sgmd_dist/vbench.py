@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from sgmd_dist.assemble import Which
 from sgmd_dist.decode import decoder, write_video
-from sgmd_dist.durable import write_durably
+from sgmd_dist.durable import check_writable, write_durably
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
 from sgmd_dist.protocol import PROTOCOL_FILE, SAMPLE_SEED, Evaluated
@@ -119,21 +119,34 @@ def prepare(folder: Path, videos: Videos, evaluated: Evaluated) -> None:
     """Make the folder with its descriptions, or find it made with the same settings.
 
     Raises:
-        UserError: it holds videos of other settings, or two prompts are the same.
+        UserError: it holds videos of other settings or cannot be written, or two prompts are the same.
     """
+    check_writable(folder, f"--vbench {folder}")
     if len(set(videos.prompts)) < len(videos.prompts):
         raise UserError("--prompts: a prompt occurs twice, and VBench knows prompts by their names; name each once")
     content: dict[str, Any] = json.loads(json.dumps({"videos": asdict(videos), "evaluated": asdict(evaluated)}))
     path = folder / PROTOCOL_FILE
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else content
+    known = _read(path) if path.exists() else content
     if _makes_the_videos(known) != _makes_the_videos(content):
         raise UserError(
             f"--vbench {folder}: holds videos of other weights, prompts or settings (see {path}); name a new folder"
         )
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
     prompts = dict(zip(videos.names, videos.prompts * videos.per_prompt, strict=True))
-    write_durably(folder / "prompts.json", (json.dumps(prompts, indent=1, ensure_ascii=False) + "\n").encode())
-    write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
+    try:
+        (folder / "videos").mkdir(parents=True, exist_ok=True)
+        write_durably(folder / "prompts.json", (json.dumps(prompts, indent=1, ensure_ascii=False) + "\n").encode())
+        write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--vbench {folder}: cannot be written ({error}); name another folder") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A protocol.json, or nothing where it cannot be read as one."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) and isinstance(known.get("evaluated", {}), dict) else {}
 
 
 def _makes_the_videos(content: dict[str, Any]) -> list[Any]:

@@ -88,7 +88,10 @@ class ShardWriter:
         self._path = self._temporary = self.folder
         self._rows: list[tuple[str, int, int]] = []  # key, size, crc32 of the shard in work
         self._num_bytes = 0  # of its tensors
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error}); choose another folder") from None
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sgmd_dist.durable import write_durably
+from sgmd_dist.errors import UserError
 from sgmd_dist.planner.advice import Advice
 from sgmd_dist.planner.machine import GIB, USABLE_SHARE
 from sgmd_dist.planner.plan import Plan
@@ -40,7 +41,11 @@ def verdict(plan: Plan) -> str:
 
 
 def write_json(plan: Plan, advice: Advice | None, path: Path) -> None:
-    """The plan with every number, and the advice as settings with their peaks and seconds."""
+    """The plan with every number, and the advice as settings with their peaks and seconds.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     derived = ("peak_bytes", "fits", "compute_seconds", "hidden_seconds", "exposed_seconds", "step_seconds")
     content: dict[str, Any] = {**asdict(plan), **{name: getattr(plan, name) for name in derived}}
     content["usable_bytes"] = plan.machine.usable_bytes
@@ -57,8 +62,11 @@ def write_json(plan: Plan, advice: Advice | None, path: Path) -> None:
             for change in changes
         ]
         content["advice"] = {"changes": rows[: len(advice.changes)], "remedy": rows[-1] if advice.remedy else None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); name another file") from None
 
 
 def _heading(plan: Plan) -> str:

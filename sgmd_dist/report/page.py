@@ -48,7 +48,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margi
 dt { font-family: ui-monospace, Consolas, monospace; color: #435061; }
 dd { margin: 0; color: #5a6575; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 22px 26px; }
-figure { margin: 0; }
+figure { margin: 0; min-width: 0; }
+figcaption, li { overflow-wrap: anywhere; }
 .chart figcaption { margin-bottom: 4px; font-weight: 600; font-size: 14px; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-weight: 400; font-size: 12px; color: #5a6575; }
 .legend i { display: inline-block; width: 14px; height: 3px; margin-right: 5px; vertical-align: middle; }

@@ -108,3 +108,15 @@ def test_all_ranks_say_the_same_message(tmp_path: Path) -> None:
     assert done.code != 0
     (error,) = {line for line in done.output.splitlines() if line.startswith("error: ")}
     assert "mine.yaml: run.step = 3: unknown key" in error
+
+
+def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    for words in (
+        "bench.py kernels --out {}/taken/x.json",
+        "prepare.py text-encoder {}/taken",
+        "prepare.py world {}/taken",
+    ):
+        done = run_forked(f"python launch/{words.format(tmp_path)}")
+        assert done.code == 2 and done.output == f"{done.errors()[0]}\n", done.output
+        assert "choose another folder" in done.output

@@ -25,7 +25,7 @@ TRAIN = (
     "python launch/train.py recipes/tiny_sgmd.yaml run.steps=2 data.global_batch_size=4 optim.ema.decay=0.5"
     " optim.generator.lr=1e-3 run.dir={run}"
 )
-LORA = "model.generator.lora.rank=4 model.fake_score.lora.rank=4"
+LORA = "model.generator.lora.rank=4 model.fake_score.lora.rank=4 'data.video={num_frames: 8, height: 12, width: 12}'"
 Export = Callable[[str, str], Done]
 
 
@@ -87,6 +87,8 @@ def test_the_stock_pipeline_gives_the_latents_of_our_sampler(
     other = "generator" if which == "generator.ema" else "generator.ema"
     assert (found - our_latents(runs / run, which)).abs().max() < 1e-5
     assert (found - our_latents(runs / run, other)).abs().max() > 1e-4, "the weights that were asked for"
+    call = (tmp_path / "out/README.md").read_text().partition("pipe(prompt, ")[2]
+    assert call.startswith("num_frames=8, height=12, width=12, num_inference" if run == "lora" else "num_inference")
 
 
 def test_the_card_tells_everything(export: Export, runs: Path, tmp_path: Path) -> None:
@@ -143,6 +145,7 @@ def test_options_that_contradict_one_another_are_refused(runs: Path, tmp_path: P
         "lora out --max-shard-size 1GB": "only diffusers' folders are split",
         "full out --max-shard-size 5": "5: expected a size such as 5GB or 500MB",
         "full out --svd-rank 0": "0: expected an integer >= 1",
+        "full out --svd-rank 257": "--svd-rank 257: no linear layer of this model has a rank above",
         "full out --dtype float16": "invalid choice: 'float16'",
         "full taken": "taken: exists already; choose another folder or remove it",
     }
@@ -153,6 +156,12 @@ def test_options_that_contradict_one_another_are_refused(runs: Path, tmp_path: P
     for done, (line, message) in zip(run_in_turn(commands), wrong.items(), strict=True):
         assert done.code == 2 and message in done.output and "Traceback" not in done.output, (line, done.output)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_ranks_do_not_write_one_folder_together(runs: Path, tmp_path: Path) -> None:
+    done = run_forked(f"torchrun --nproc-per-node=2 launch/export.py {runs / 'full'} {tmp_path / 'out'}")
+    assert done.code == 2 and "start it with python, not torchrun" in done.errors()[0], done.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def _export_until_killed(folder: Path) -> None:

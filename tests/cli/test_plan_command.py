@@ -37,3 +37,10 @@ def test_a_machine_that_does_not_divide_is_one_message() -> None:
 def test_numbers_that_are_none_are_refused() -> None:
     assert run_forked("python launch/plan.py recipes/sgmd.yaml --bandwidth 300").code == 2
     assert run_forked("python launch/plan.py recipes/sgmd.yaml --mfu 1.5").code == 2
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_planned(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    for where, message in ((tmp_path, "is a folder; name a file"), (tmp_path / "taken/x.json", "taken is no folder")):
+        done = run_forked(f"python launch/plan.py recipes/sgmd_wan2.1_1.3b.yaml --json {where}")
+        assert done.code == 2 and done.output.startswith(f"error: --json {where}: ") and message in done.output

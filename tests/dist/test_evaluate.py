@@ -119,3 +119,24 @@ def test_videos_that_are_there_stay_and_others_are_not_mixed_in(folder: Path) ->
     assert "3 videos, 1 of them new" in evaluate(folder, "unused", call).output and gone.exists()
     done = evaluate(folder, "unused", call, "--ema")
     assert done.code == 2 and "other weights, prompts or settings" in done.errors()[0], done.output
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--out {folder}/prompts.txt", "--out {folder}/prompts.txt: {folder}/prompts.txt is no folder"),
+        ("--vbench {folder}/prompts.txt/x", "--vbench {folder}/prompts.txt/x: {folder}/prompts.txt is no folder"),
+        ("--vbench {folder}/damaged", "--vbench {folder}/damaged: holds videos of other weights"),
+        ("--vbench {folder}/no --real none", "--vbench, --real: VBench's videos are made instead"),
+        ("--vbench-standard", "--vbench-standard: is for VBench's videos; add --vbench FOLDER"),
+    ],
+)
+def test_what_would_come_to_nothing_is_refused_before_anything_is_sampled(
+    folder: Path, options: str, message: str
+) -> None:
+    (folder / "damaged").mkdir(exist_ok=True)
+    (folder / "damaged/protocol.json").write_text("[]")
+    done = evaluate(folder, "unused", options.format(folder=folder), ranks=2)
+    assert done.code == 2 and "videos per row" not in done.output, done.output
+    assert done.errors() == done.errors()[:1] * 2 and message.format(folder=folder) in done.errors()[0]
+    assert not (folder / "no").exists()

@@ -37,6 +37,11 @@ def test_the_readme_links_to_every_page() -> None:
     assert [one.name for one in pages() if one.name != "README.md" and one.path not in linked] == []
 
 
+def test_the_readme_s_table_lists_every_page_once() -> None:
+    listed = re.findall(r"^\| \[(docs/\w+\.md)\]", page("README.md").text, re.MULTILINE)
+    assert sorted(listed) == sorted(one.name for one in pages() if one.name.startswith("docs/"))
+
+
 @by_name
 def test_every_path_in_backticks_is_there(one: Page) -> None:
     """Files, folders and patterns below `FOLDERS`, a test's name behind that of its neighbour, and modules."""

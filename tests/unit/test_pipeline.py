@@ -182,9 +182,10 @@ def test_it_makes_a_video_of_a_prompt(
 def test_the_card_tells_how_to_call_it_and_where_it_came_from(
     model: VideoModel, weights: dict[str, Tensor], origin: Origin, tmp_path: Path
 ) -> None:
+    origin = replace(origin, size={"num_frames": 121, "height": 704, "width": 1280})
     export_pipeline(weights, model, 4, 5.0, origin, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
-    assert "num_inference_steps=4, guidance_scale=1.0" in card
+    assert "(prompt, num_frames=121, height=704, width=1280, num_inference_steps=4, guidance_scale=1.0)" in card
     assert "1, 0.9375, 0.8333, 0.625" in card and "| run | mine |" in card
     assert (tmp_path / "out/recipe.yaml").read_text() == origin.recipe
 

@@ -141,3 +141,13 @@ def test_only_ranks_that_there_are_can_be_profiled():
     assert message("data.shards=captions", "logging.profile={ranks: [0, 1]}") == (
         "logging.profile.ranks = [0, 1]: there are 1 ranks, numbered from 0; give ranks that there are"
     )
+
+
+# The run's folder
+
+
+def test_a_run_that_could_not_be_written_is_refused() -> None:
+    said = message("data.shards=latents", "run.dir=prompts.txt/run")
+    assert said.startswith("run.dir = 'prompts.txt/run': ") and said.endswith(
+        "prompts.txt is no folder; choose another folder"
+    )

@@ -579,3 +579,9 @@ def test_a_missing_or_damaged_negative_prompt_is_named(tmp_path: Path) -> None:
             read_negative_prompt(tmp_path)
     with pytest.raises(UserError, match=r"negative prompt is \[3\]"):
         write_negative_prompt(tmp_path, torch.zeros(3))
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"taken: cannot be made \(.*\); choose another folder"):
+        ShardWriter(tmp_path / "taken", latent_shape=(3, 2, 4, 4), bucket="small")

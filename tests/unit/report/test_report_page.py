@@ -37,10 +37,10 @@ def page(mp4: bytes) -> str:
             scores=SCORES,
             names=("swd", "motion_ratio", "jitter"),
             columns=["teacher, 20 steps", "before, 4 steps", "after, 4 steps"],
-            clips=[Clip("a red ball", mp4), Clip("</figcaption><script>alert(1)</script>", mp4)],
+            clips=[Clip("a red ball " + "x" * 300, mp4), Clip("</figcaption><script>alert(1)</script>", mp4)],
             curves=[Chart("Losses", {"a": [(1, 1.0), (2, 3.0)]}), Chart("Norms", {"b": [(1, 2.0), (2, 2.5)]})],
             facts={"Protocol": {"seeds": [1, 2], "teacher": "abc", "real": None}},
-            prompts=["a red ball", "a blue bar"],
+            prompts=["a red ball", "a blue bar " + "x" * 300],
         )
     )
 
