@@ -60,8 +60,8 @@ class TextEncoder:
         Captions are cut at `max_tokens`, by default the encoding's; where padding is masked, at the tokenizer's own
         model_max_length if that is shorter. An encoder that attends to the padding gets as much as its pipeline adds.
 
-        Raises UserError naming what is missing, cannot be read or is another family's, or that there is no `encoding` or
-        one of another length.
+        Raises UserError naming what is missing, cannot be read or is another family's, or that there is no `encoding`
+        or one of another length.
         """
         folder = Path(folder)
         encoding = known_encoding(encoding, str(folder))
