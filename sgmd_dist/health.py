@@ -141,9 +141,17 @@ class MotionWatch:
             self.section.teacher_steps,
         )
         if self._mesh.is_main:
-            content = {"settings": self._settings, **asdict(look)}
-            write_durably(self._path, (json.dumps(content, indent=1) + "\n").encode())
+            self._keep(look)
         return look
+
+    def _keep(self, teacher: Look) -> None:
+        content = json.dumps({"settings": self._settings, **asdict(teacher)}, indent=1) + "\n"
+        try:
+            write_durably(self._path, content.encode())
+        except OSError as error:
+            logger.warning(
+                "{}: cannot be written ({}); the teacher is measured again after a restart", self._path, error
+            )
 
     def _look(self, velocity_of: Callable[[Batch], flow.Velocity], num_steps: int) -> Look:
         """Of the samples of all ranks. Collective."""

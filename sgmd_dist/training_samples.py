@@ -194,8 +194,8 @@ class TrainingSamples:
         try:
             with _warning_of_files():  # of the VAE too
                 self._decode(folder, latents, tiles)
-        except torch.OutOfMemoryError as error:
-            logger.warning("samples: no memory on {} to decode them beside the training ({})", device, describe(error))
+        except RuntimeError as error:  # out of memory, which cuDNN says in words of its own
+            logger.warning("samples: cannot be decoded on {} beside the training ({})", device, describe(error))
         finally:
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -144,3 +144,9 @@ def test_the_teachers_motion_is_measured_once_for_a_run_folder(recipe_path: Path
     assert ratios(recipe_path)[4] < ratios(recipe_path)[2] / 100, "the kept number was taken"
     run_ranks(1, train, recipe_path, [*WATCH, "run.steps=6", "health.motion.teacher_steps=4"])
     assert ratios(recipe_path)[6] > ratios(recipe_path)[2] / 100, "it is of other settings"
+
+
+def test_training_goes_on_where_the_teachers_cannot_be_kept(recipe_path: Path) -> None:
+    (run_dir(recipe_path) / TEACHER_FILE).mkdir(parents=True)
+    run_ranks(1, train, recipe_path, ["run.steps=1", "health.motion={every: 1, samples: 2, teacher_steps: 1}"])
+    assert list(ratios(recipe_path)) == [1]

@@ -190,6 +190,26 @@ def test_training_goes_on_where_the_vae_cannot_be_read(recipe_path: Path, wan_fo
     assert not (run_dir(recipe_path) / "samples").exists()
 
 
+def train_without_memory_on_rank_1(recipe_path: Path) -> None:
+    errors = iter([torch.OutOfMemoryError("CUDA out of memory"), *[RuntimeError("unable to find an engine")] * 3])
+    decoder = training_samples.decoder
+
+    def fail(*arguments: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise next(errors)
+        return decoder(*arguments)
+
+    training_samples.decoder = fail
+    train(recipe_path, ["run.steps=1", f"samples={{{TO_SAMPLE}}}"])
+
+
+def test_training_goes_on_where_one_rank_cannot_decode_its_videos(recipe_path: Path) -> None:
+    run_ranks(2, train_without_memory_on_rank_1, recipe_path)
+    assert (run_dir(recipe_path) / "checkpoints/step-00000001").is_dir()
+    names = [path.name for path in (run_dir(recipe_path) / "samples").rglob("*") if path.is_file()]
+    assert set(names) == {f"{NAMES[0]}.gif", f"{NAMES[2]}.gif"} and len(names) == 2 * 4
+
+
 class StoppedInStep2(trainer.Trainer):
     """Asked to stop while a step runs after which samples are due."""
 
