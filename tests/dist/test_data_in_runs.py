@@ -38,7 +38,7 @@ def damaged(shards: Path, tmp_path: Path) -> str:
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time") and not k.endswith("_s")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("time", "perf/")) and not k.endswith("_s")} for line in lines]
 
 
 @pytest.mark.parametrize("ranks, parallel", [(2, []), (2, ["parallel.ring=2"])])
