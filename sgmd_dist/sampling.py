@@ -91,7 +91,10 @@ def open_source(path: Path) -> Source:
     """
     found = checkpoint.find(path)
     recipe = load_recipe(found / checkpoint.RECIPE_FILE)
-    return Source(recipe, found, build_model(recipe, "generator"))
+    try:
+        return Source(recipe, found, build_model(recipe, "generator"))
+    except UserError as error:
+        raise UserError(f"{found / checkpoint.RECIPE_FILE}: {error}") from None
 
 
 def read_captions(words: Sequence[str]) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +136,11 @@ def test_what_cannot_be_sampled_is_refused(run_dir: Path, tmp_path: Path) -> Non
     (tmp_path / "lora/pytorch_lora_weights.safetensors").write_bytes(b"")
     (tmp_path / "pair/transformer_2").mkdir(parents=True)
     (tmp_path / "pair/transformer").symlink_to(run_dir / "weights")
+    shutil.copytree(run_dir / "checkpoints", tmp_path / "moved/checkpoints")
+    recipe = tmp_path / "moved/checkpoints/step-00000001/recipe.yaml"
+    recipe.write_text(re.sub(r"pretrained: .*", "pretrained: gone", recipe.read_text()))
     for model, words, message in (
+        (tmp_path / "moved", "", f"{recipe}: model.generator.pretrained = 'gone': no such folder"),
         (tmp_path / "lora", "", "export that with --merge"),
         (tmp_path / "pair", "", "export the run with --pipeline"),
         (run_dir / "pipeline", "--ema", "leave out --ema"),
