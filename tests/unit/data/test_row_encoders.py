@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from tiny_families import FAMILIES, LATENTS
 
 from sgmd_dist.data.encode import TextEncoder
 from sgmd_dist.data.format import parse_safetensors, read_negative_prompt
@@ -25,6 +26,7 @@ from sgmd_dist.data.row_encoders import (
     _ahead,
     fingerprint,
     pretrained_fingerprint,
+    text_encoding_of,
     transformer_latents,
 )
 from sgmd_dist.data.video import Bucket, parse_buckets, probe, read_clip
@@ -206,3 +208,20 @@ def test_an_error_ahead_comes_at_its_item() -> None:
     assert [next(items), next(items)] == [1, 1]
     with pytest.raises(ZeroDivisionError):
         next(items)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_folder_is_of_the_family_whose_network_it_names(name: str, tmp_path: Path) -> None:
+    """Each with its own grid of latents and its own way to encode captions."""
+    folder = FAMILIES[name].save(tmp_path)
+    assert transformer_latents(folder, Bucket(3, 8, 8), "--video 3 8 8") == LATENTS
+    encoding = text_encoding_of(folder)
+    assert encoding is not None and encoding.is_cleaned is False
+    assert encoding.keeps_padding == (name == "cogvideox") and (encoding.chat is None) == (name != "hunyuan_video_15")
+
+
+def test_a_network_of_no_family_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "Other3DModel"}')
+    with pytest.raises(UserError, match=r"describes Other3DModel, expected one of .*LTXVideoTransformer3DModel"):
+        transformer_latents(tmp_path, Bucket(3, 8, 8), "--video 3 8 8")
