@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.functional import pad
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -59,7 +59,7 @@ def traced_costs(model: Traceable, shape: PassShape) -> PassCosts:
 
 def _traced(model: Traceable, shape: PassShape) -> PassCosts:
     count = model.attention_shape().num_blocks
-    with FakeTensorMode():
+    with _disable_current_modes(), FakeTensorMode():  # a dry run asks from within its own modes
         forward, of_input, of_weights = (_Run(model, shape, gradient) for gradient in ("none", "input", "weights"))
         attended = forward.attended()
         block = forward.block_flops(), of_input.block_flops(), of_weights.block_flops()

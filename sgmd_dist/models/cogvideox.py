@@ -18,6 +18,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from sgmd_dist.conditions import Condition, text_of
 from sgmd_dist.errors import UserError
@@ -159,6 +160,9 @@ class CogVideoX(DiffusersModel):
         self, module: nn.Module, latents: Tensor, sigma: Tensor, condition: Condition, level: float | None = None
     ) -> Tensor:
         text = text_of(condition)
+        if not self.config["use_rotary_positional_embeddings"]:  # positions count text of this length
+            missing = self.config["max_text_seq_length"] - text.shape[1]
+            text = pad(text, (0, 0, 0, max(missing, 0)))
 
         def predict(z: Tensor, timestep: Tensor) -> Tensor:
             output = module(

@@ -22,6 +22,7 @@ from sgmd_dist.objectives.dmd2 import GanSection
 from sgmd_dist.parallel.load import fill, load_safetensors
 from sgmd_dist.parallel.sequence import SequenceAxis
 from sgmd_dist.recipe_file import load_recipe
+from sgmd_dist.roles import WARM_UP_TOKENS
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipes/tiny_sgmd.yaml"
 KEY = "model.pretrained"
@@ -94,6 +95,15 @@ def test_other_versions_of_cogvideox(changes: dict[str, Any], shape: tuple[int, 
     velocity = model.velocity(loaded(model), latents, SIGMA, text)
     expected = version.velocity(version.random(), latents, SIGMA, text, LENGTHS)
     torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_cogvideox_2b_takes_the_short_text_of_a_warm_up(tmp_path: Path) -> None:
+    family = FAMILIES["cogvideox"]
+    version = replace(family, config={**family.config, "use_rotary_positional_embeddings": False})
+    model = build(version, version.save(tmp_path))
+    module, latents, short = loaded(model), torch.randn(2, *LATENTS), torch.randn(2, WARM_UP_TOKENS, TEXT_WIDTH)
+    whole = torch.cat([short, torch.zeros(2, 5 - WARM_UP_TOKENS, TEXT_WIDTH)], 1)
+    assert torch.equal(model.velocity(module, latents, SIGMA, short), model.velocity(module, latents, SIGMA, whole))
 
 
 def test_later_versions_of_ltx_count_the_first_frame_as_one(tmp_path: Path, batch: dict[str, Tensor]) -> None:

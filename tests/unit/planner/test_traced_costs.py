@@ -9,12 +9,15 @@ import torch
 from small_wan import LiveBytes, kept_bytes
 from test_flops import ATTENTION
 from tiny_families import FAMILIES, TEXT_WIDTH
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from sgmd_dist import registry
+from sgmd_dist.models import _traced_costs
 from sgmd_dist.models.base import Gradient, PassShape
 from sgmd_dist.parallel.sequence import SequenceAxis
 from sgmd_dist.planner.memory import graph_bytes
+from sgmd_dist.tracing import Tracer
 
 SHAPE = PassShape(2, (3, 6, 16, 16), 6)
 GRADIENTS: tuple[Gradient, ...] = ("input", "weights")
@@ -100,3 +103,14 @@ def test_ranks_of_a_sequence_share_out_all_but_the_text() -> None:
     assert shared.cross_attention.forward == whole.cross_attention.forward / 4
     assert shared.linear.forward == pytest.approx(whole.linear.forward / 4, rel=0.02)
     assert shared.output_numbers == whole.output_numbers / 4
+
+
+def test_a_dry_run_counts_the_same_within_its_own_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts a step's FLOPs where a training does, under a tracer that remembers what operations made before."""
+    model, tracer = small("ltx", "float32"), Tracer()
+    expected = model.pass_costs(SHAPE)
+    with FakeTensorMode(allow_non_fake_inputs=True), tracer:
+        tracer.begin("a step")
+        for _ in range(2):
+            monkeypatch.setattr(_traced_costs, "_known", {})
+            assert model.pass_costs(SHAPE) == expected
