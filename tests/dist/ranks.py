@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import time
@@ -15,6 +16,7 @@ import torch
 from forking import context, keep_what_was_imported, launchers
 
 DEADLINE_S = 240.0
+_ENDING_S = 5.0  # that a process whose pipe is closed has for its end
 
 
 class RankError(AssertionError):
@@ -47,7 +49,7 @@ class Ranks:
                     raise RankError(f"ranks {sorted(waiting.values())} did not finish within {deadline_s} s")
                 for receiver in ready:
                     rank = waiting.pop(receiver)
-                    results[rank] = _receive(receiver, rank)
+                    results[rank] = _receive(receiver, rank, self.processes[rank])
         finally:
             self.kill()
         return [results[rank] for rank in sorted(results)]
@@ -72,6 +74,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 def _main(sender: Connection, launcher: dict[str, str], function: Callable[..., Any], args: Any) -> None:
     keep_what_was_imported()
+    faulthandler.enable()  # a rank that crashes says where
     torch.set_num_threads(1)
     os.environ.update(launcher)
     try:
@@ -85,11 +88,12 @@ def _main(sender: Connection, launcher: dict[str, str], function: Callable[..., 
     sender.close()
 
 
-def _receive(receiver: Connection, rank: int) -> Any:
+def _receive(receiver: Connection, rank: int, process: ForkServerProcess) -> Any:
     try:
         succeeded, value = receiver.recv()
     except EOFError:
-        raise RankError(f"rank {rank} ended without a result") from None
+        process.join(_ENDING_S)
+        raise RankError(f"rank {rank} ended without a result, exit code {process.exitcode}") from None
     if not succeeded:
         raise RankError(f"rank {rank} failed:\n{value}")
     return torch.load(io.BytesIO(value), weights_only=False)
