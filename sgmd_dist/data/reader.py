@@ -99,7 +99,7 @@ class Reader:
         num_threads: 1 or 2 are enough for page-cache speed; more help where a read waits for the network.
         depth: units in flight; each holds a buffer of m samples.
         check_crc: compare every sample's crc32 with the index, and look for values that are not finite. On by default:
-            without it a damaged tensor trains silently. It costs 2.2 to 2.9 ms of a thread's time per 8.4 MB.
+            without it a damaged tensor trains silently. It costs some 2.9 ms of a thread's time per 8.4 MB.
         retries: how often a read is repeated that failed for a transient reason, after pauses of 0.5, 1, 2, ... 30 s.
         read_timeout_s: how long `next` waits for a unit, and a read is repeated, until its samples become errors;
             None waits for ever.
