@@ -12,9 +12,8 @@ from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 from torch import Tensor, nn
 
 from sgmd_dist.models._masked_attention import masked_attention
+from sgmd_dist.models._sequence_hooks import Rotary, SequenceHooks
 from sgmd_dist.models.base import SequenceAxis
-
-Rotary = tuple[Tensor, Tensor, int]  # cos and sin `[B, c, W]` of this rank's run, and the sequence's length L
 
 
 def attach(module: Any, axis: SequenceAxis) -> None:
@@ -34,25 +33,12 @@ def attach(module: Any, axis: SequenceAxis) -> None:
         module.proj_out.register_forward_hook(tokens.join)
 
 
-class _Tokens:
-    """The hooks of one network. `_length` lives from the angles to the last projection of one forward pass."""
-
-    def __init__(self, axis: SequenceAxis) -> None:
-        self._axis = axis
-        self._length = 0
-
-    def split_angles(self, module: nn.Module, args: Any, angles: tuple[Tensor, Tensor]) -> Rotary:
-        cos, sin = angles
-        self._length = cos.shape[1]
-        return self._axis.split(cos, 1), self._axis.split(sin, 1), self._length
+class _Tokens(SequenceHooks):
+    """The hooks of one network."""
 
     def split(self, module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
         """`[B, L, W]` to `[B, c, W]`."""
         return self._axis.split(tokens, 1)
-
-    def join(self, module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
-        """`[B, c, C]` to `[B, L, C]`."""
-        return self._axis.gather(tokens, 1, self._length)
 
 
 class _Processor:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgmd_dist.models._sequence_hooks import Rotary, SequenceHooks
 from sgmd_dist.models._wan_image import TEXT_TOKENS
 from sgmd_dist.models.base import SequenceAxis
-
-Rotary = tuple[Tensor, Tensor, int]  # cos and sin `[1, c, 1, D]` of this rank's run, and the sequence's length L
 
 
 def attach(module: Any, axis: SequenceAxis) -> None:
@@ -34,30 +33,17 @@ def attach(module: Any, axis: SequenceAxis) -> None:
         module.proj_out.register_forward_hook(tokens.join)
 
 
-class _Tokens:
-    """The hooks of one network. `_length` lives from the angles to the last projection of one forward pass."""
-
-    def __init__(self, axis: SequenceAxis) -> None:
-        self._axis = axis
-        self._length = 0
+class _Tokens(SequenceHooks):
+    """The hooks of one network."""
 
     def split_timesteps(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Timesteps per token `[B, L]` go with their tokens; `[B]` stay."""
         timestep = kwargs["timestep"]
         return args, {**kwargs, "timestep": self._axis.split(timestep, 1) if timestep.ndim == 2 else timestep}
 
-    def split_angles(self, module: nn.Module, args: Any, angles: tuple[Tensor, Tensor]) -> Rotary:
-        cos, sin = angles
-        self._length = cos.shape[1]
-        return self._axis.split(cos, 1), self._axis.split(sin, 1), self._length
-
     def split_patches(self, module: nn.Module, args: Any, patches: Tensor) -> Tensor:
         """`[B, W, F, Y, X]` to `[B, W, c, 1, 1]`: the network goes on to flatten the last three."""
         return self._axis.split(patches.flatten(2), 2)[..., None, None]
-
-    def join(self, module: nn.Module, args: Any, patches: Tensor) -> Tensor:
-        """`[B, c, N]` to `[B, L, N]`."""
-        return self._axis.gather(patches, 1, self._length)
 
 
 class _Processor:
