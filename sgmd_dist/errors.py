@@ -36,7 +36,9 @@ def reports_user_errors(main: Callable[[], int | None]) -> Callable[[], int]:
         try:
             return main() or EXIT_DONE
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            # One write: ranks share a terminal, and under torchrun (python -u) print would write the newline apart.
+            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.flush()
             return EXIT_WRONG_INPUT
 
     return wrapped

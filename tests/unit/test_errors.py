@@ -42,6 +42,28 @@ def test_a_user_error_is_one_message_and_code_2(capsys: pytest.CaptureFixture[st
     assert printed.err == "error: recipe.yaml: run.steps = 0: expected an integer >= 1\n"
 
 
+def test_lines_of_many_ranks_with_one_terminal_stay_apart() -> None:
+    """A pipe takes a write below PIPE_BUF bytes whole, so a message with its newline is one, also unbuffered."""
+    code = """
+import os, sys
+from sgmd_dist.errors import UserError, reports_user_errors
+
+@reports_user_errors
+def main():
+    raise UserError("mend it")
+
+class MarksWrites(type(sys.stderr.buffer)):
+    def write(self, data):
+        os.write(2, bytes(data) + b"|")
+        return len(data)
+
+sys.stderr = type(sys.stderr)(MarksWrites(2, "w", closefd=False), write_through=True)
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-u", "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert done.stderr == "error: mend it\n|"
+
+
 def test_a_kind_of_user_error_counts_as_one(capsys: pytest.CaptureFixture[str]) -> None:
     class Special(UserError):
         pass
