@@ -107,10 +107,9 @@ class Trainer(Stepper):
                 self._profiler.before_step(self.step + 1)
                 self.train_step()
                 stopping, ended = self._settle()
-                ended |= self._motion_ends_it()
-                if (
-                    ended or not stopping or self.step == steps
-                ):  # who asks to stop gives little time: saving comes first
+                in_haste = stopping and self.step < steps  # who asks to stop gives little time: saving comes first
+                ended |= not in_haste and self._motion_ends_it()
+                if ended or not in_haste:
                     self._take_samples(log, at_once=ended)
                 if self._log(log, at_once=stopping or ended) >= self.recipe.health.max_skipped:
                     end = "failing"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,11 +19,14 @@ from sgmd_dist import checkpoint, rng
 from sgmd_dist.assemble import build_model, load_network, load_weights
 from sgmd_dist.data.evaluation_pass import evaluation_pass
 from sgmd_dist.data.index import ShardIndex
+from sgmd_dist.errors import EXIT_PREEMPTED
 from sgmd_dist.health import TEACHER_FILE, Look, colour_drift
 from sgmd_dist.motion import latent_motion
+from sgmd_dist.parallel.mesh import build_mesh, process_group
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.rng import SampleId
 from sgmd_dist.rollout import guided, sample
+from sgmd_dist.trainer import Trainer
 
 SAMPLES = 6
 WATCH = ["run.steps=4", f"health.motion={{every: 2, samples: {SAMPLES}, teacher_steps: 3}}"]
@@ -92,6 +96,35 @@ def test_to_watch_changes_nothing_of_the_training(recipe_path: Path, watched: tu
     unwatched = run_ranks(1, train, recipe_path, ["run.steps=4"])[0]
     assert set(max_difference(unwatched, watched[1]).values()) == {0.0}
     assert not ratios(recipe_path)
+
+
+class StoppedInStep2(Trainer):
+    """Asked to stop while a step runs after which motion is looked at."""
+
+    def train_step(self) -> None:
+        if self.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        super().train_step()
+
+
+def train_until_stopped(recipe_path: Path) -> None:
+    recipe = load_recipe(recipe_path, WATCH)
+    with process_group() as device:
+        stopped = StoppedInStep2(recipe, build_mesh(recipe.layout(2), device))
+        try:
+            assert stopped.fit() == EXIT_PREEMPTED
+        finally:
+            stopped.close()
+            del stopped
+
+
+def test_a_run_that_is_asked_to_stop_saves_before_it_looks(recipe_path: Path, watched: tuple[Path, State]) -> None:
+    """The look of that step is left out; later ones find what they would have found."""
+    run_ranks(2, train_until_stopped, recipe_path)
+    assert [path.name for path in checkpoint.committed(run_dir(recipe_path))] == ["step-00000002"]
+    assert not ratios(recipe_path)
+    run_ranks(2, train, recipe_path, WATCH)
+    assert ratios(recipe_path) == {4: pytest.approx(ratios(watched[0])[4], rel=1e-4)}
 
 
 def train_and_log(recipe_path: Path, overrides: Sequence[str]) -> None:
