@@ -38,6 +38,23 @@ def write_durably(path: Path, data: bytes) -> None:
         publish(file, temporary, path)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line of text, whole or not at all: what a full disk took of it is cut off again.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    rest = memoryview(f"{line}\n".encode())
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def check_writable(folder: Path, said: str) -> None:
     """Refuse a folder that nothing can be written into, before hours go into what it is to hold; makes nothing.
 

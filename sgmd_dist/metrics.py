@@ -21,10 +21,11 @@ from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sgmd_dist.durable import write_durably
+from sgmd_dist.durable import append_line, write_durably
 from sgmd_dist.wandb_run import WandbRun
 
 Reduction = Literal["mean", "sum"]
+_MAKE_ROOM = "training goes on, but checkpoints may fail too: mend the disk"
 
 # What the progress bar shows of the last log line, where the line has it, and the word for it.
 IN_BAR = {
@@ -122,7 +123,10 @@ class Timer:
 
 
 class RunLog(AbstractContextManager["RunLog"]):
-    """Where the main rank writes: metrics.jsonl, TensorBoard, W&B and a progress bar. Other ranks write nothing."""
+    """Where the main rank writes: metrics.jsonl, TensorBoard, W&B and a progress bar. Other ranks write nothing.
+
+    Training does not end for want of a log: where the disk takes no more, an error in the rank's log says so.
+    """
 
     def __init__(
         self,
@@ -160,30 +164,43 @@ class RunLog(AbstractContextManager["RunLog"]):
         """Write the scalars of the steps up to and including optimizer step number `step` (from 1)."""
         if not self._is_main:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **scalars}) + "\n")
-        if self._writer is not None:
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, step)
+        try:
+            append_line(self._path, json.dumps({"step": step, "time": round(time.time(), 3), **scalars}))
+        except OSError as error:
+            logger.error("{}: step {} is not written ({}); {}", self._path, step, error, _MAKE_ROOM)
+        with self._tensorboard() as writer:
+            if writer is not None:
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.write(step, scalars)
         self._bar.set_postfix({word: _shown(scalars[name]) for name, word in IN_BAR.items() if name in scalars})
 
     def animate(self, name: str, gif: bytes, step: int) -> None:
         """Show an animated picture of optimizer step number `step` in TensorBoard."""
-        if self._writer is None or self._writer.file_writer is None:
-            return
         with Image.open(io.BytesIO(gif)) as picture:
             width, height = picture.size
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        with self._tensorboard() as writer:
+            if writer is not None and writer.file_writer is not None:
+                writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[SummaryWriter | None]:
+        """TensorBoard's writer, if there is one and until its files cannot be written."""
+        try:
+            yield self._writer
+        except OSError as error:
+            logger.error("TensorBoard: nothing more is written ({}); {}", error, _MAKE_ROOM)
+            self._writer = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        with self._tensorboard() as writer:
+            if writer is not None:
+                writer.close()
         if self._wandb is not None:
             self._wandb.close(failed=kind is not None)
 

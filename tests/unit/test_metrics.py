@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from loguru import logger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sgmd_dist.metrics import Metrics, RunLog
@@ -141,6 +147,55 @@ def test_what_was_logged_before_can_be_read_again(tmp_path: Path) -> None:
     for is_main, steps in ((True, [1, 2]), (False, [])):
         with RunLog(tmp_path, is_main=is_main, tensorboard=False, first_step=2, num_steps=10) as log:
             assert [line["step"] for line in log.lines()] == steps
+
+
+@pytest.fixture
+def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
+    """The log's errors, and a terminal that is no file."""
+    lines: list[str] = []
+    sink = logger.add(lines.append, format="{message}", level="ERROR")
+    yield lines
+    logger.remove(sink)
+
+
+@contextmanager
+def a_disk_with_room_for(num_bytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond that, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, logged: list[str]) -> None:
+    write_steps(tmp_path, [1])
+    room = (tmp_path / "metrics.jsonl").stat().st_size + 20  # for a part of a line
+    with RunLog(tmp_path, is_main=True, tensorboard=False, first_step=1, num_steps=10) as log:
+        with a_disk_with_room_for(room):
+            log.write(2, {"generator/loss": 0.5})
+        log.write(3, {"generator/loss": 0.5})
+    assert steps_in(tmp_path) == [1, 3]
+    [line] = logged
+    assert "metrics.jsonl: step 2 is not written ([Errno 27] File too large); training goes on" in line
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is TensorBoard's own thread
+def test_tensorboard_too_does_not_end_it(tmp_path: Path, logged: list[str]) -> None:
+    with RunLog(tmp_path, is_main=True, tensorboard=True, first_step=0, num_steps=10) as log:
+        room = max(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir())
+        with a_disk_with_room_for(room):
+            until = time.monotonic() + 20
+            while not logged and time.monotonic() < until:
+                log.write(1, {"generator/loss": 0.5})
+                time.sleep(0.01)
+        assert any("TensorBoard: nothing more is written" in line for line in logged)
+        picture = io.BytesIO()
+        Image.new("RGB", (2, 2)).save(picture, "GIF")
+        log.animate("samples/generator", picture.getvalue(), 1)
+        log.write(2, {"generator/loss": 0.5})
+    assert steps_in(tmp_path)[-1] == 2
 
 
 def test_the_bar_shows_where_the_run_is_and_its_main_numbers(
