@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -168,28 +168,28 @@ class RunLog(AbstractContextManager["RunLog"]):
             append_line(self._path, json.dumps({"step": step, "time": round(time.time(), 3), **scalars}))
         except OSError as error:
             logger.error("{}: step {} is not written ({}); {}", self._path, step, error, _MAKE_ROOM)
-        with self._tensorboard() as writer:
-            if writer is not None:
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, step)
+        for name, value in scalars.items():
+            self._to_tensorboard(lambda writer, name=name, value=value: writer.add_scalar(name, value, step))
         if self._wandb is not None:
             self._wandb.write(step, scalars)
         self._bar.set_postfix({word: _shown(scalars[name]) for name, word in IN_BAR.items() if name in scalars})
 
     def animate(self, name: str, gif: bytes, step: int) -> None:
         """Show an animated picture of optimizer step number `step` in TensorBoard."""
+        if self._writer is None:
+            return
         with Image.open(io.BytesIO(gif)) as picture:
             width, height = picture.size
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-        with self._tensorboard() as writer:
-            if writer is not None and writer.file_writer is not None:
-                writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._to_tensorboard(lambda writer: writer._get_file_writer().add_summary(summary, step))
 
-    @contextmanager
-    def _tensorboard(self) -> Iterator[SummaryWriter | None]:
-        """TensorBoard's writer, if there is one and until its files cannot be written."""
+    def _to_tensorboard(self, report: Callable[[SummaryWriter], None]) -> None:
+        """Report to TensorBoard, where it is asked for and until its files cannot be written."""
+        if self._writer is None:
+            return
         try:
-            yield self._writer
+            report(self._writer)
         except OSError as error:
             logger.error("TensorBoard: nothing more is written ({}); {}", error, _MAKE_ROOM)
             self._writer = None
@@ -198,9 +198,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        with self._tensorboard() as writer:
-            if writer is not None:
-                writer.close()
+        self._to_tensorboard(SummaryWriter.close)
         if self._wandb is not None:
             self._wandb.close(failed=kind is not None)
 

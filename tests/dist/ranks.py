@@ -65,6 +65,7 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        self._crashes.cleanup()
 
     def exit_codes(self, deadline_s: float = DEADLINE_S) -> list[int | None]:
         """Wait for the processes' own ends and return their exit codes."""

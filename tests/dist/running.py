@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from sgmd_dist.checkpoint import training_state
+from sgmd_dist.errors import EXIT_DONE, EXIT_PREEMPTED
 from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.trainer import Trainer
@@ -19,17 +21,36 @@ REPO = Path(__file__).parents[2]
 State = dict[str, dict[str, torch.Tensor]]
 
 
-def train(recipe_path: Path, overrides: Sequence[str] = (), trainer_class: type[Trainer] = Trainer) -> State:
-    """Train the recipe to its last step; returns every tensor of the training state, gathered (on rank 0)."""
+def train(
+    recipe_path: Path,
+    overrides: Sequence[str] = (),
+    trainer_class: type[Trainer] = Trainer,
+    exit_code: int = EXIT_DONE,
+) -> State:
+    """Train the recipe to its end; returns every tensor of the training state, gathered (on rank 0)."""
     recipe = load_recipe(recipe_path, overrides)
     with process_group() as device:
         trainer = trainer_class(recipe, build_mesh(recipe.layout(world_size()), device))
         try:
-            assert trainer.fit() == 0
+            assert trainer.fit() == exit_code
             return gathered(trainer)
         finally:
             trainer.close()
             del trainer
+
+
+class StoppedInStep2(Trainer):
+    """Asked to stop while its second step runs."""
+
+    def train_step(self) -> None:
+        if self.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        super().train_step()
+
+
+def train_until_stopped(recipe_path: Path, overrides: Sequence[str]) -> None:
+    """Train the recipe, which is asked to stop in step 2 and has to heed it."""
+    train(recipe_path, overrides, StoppedInStep2, EXIT_PREEMPTED)
 
 
 def train_command(recipe_path: Path, overrides: list[str]) -> None:

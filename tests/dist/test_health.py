@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,20 +12,17 @@ import pytest
 import torch
 from loguru import logger
 from ranks import run_ranks
-from running import State, max_difference, parameter_difference, train
+from running import State, max_difference, parameter_difference, train, train_until_stopped
 
 from sgmd_dist import checkpoint, rng
 from sgmd_dist.assemble import build_model, load_network, load_weights
 from sgmd_dist.data.evaluation_pass import evaluation_pass
 from sgmd_dist.data.index import ShardIndex
-from sgmd_dist.errors import EXIT_PREEMPTED
 from sgmd_dist.health import TEACHER_FILE, Look, colour_drift
 from sgmd_dist.motion import latent_motion
-from sgmd_dist.parallel.mesh import build_mesh, process_group
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.rng import SampleId
 from sgmd_dist.rollout import guided, sample
-from sgmd_dist.trainer import Trainer
 
 SAMPLES = 6
 WATCH = ["run.steps=4", f"health.motion={{every: 2, samples: {SAMPLES}, teacher_steps: 3}}"]
@@ -98,29 +94,9 @@ def test_to_watch_changes_nothing_of_the_training(recipe_path: Path, watched: tu
     assert not ratios(recipe_path)
 
 
-class StoppedInStep2(Trainer):
-    """Asked to stop while a step runs after which motion is looked at."""
-
-    def train_step(self) -> None:
-        if self.step == 1:
-            signal.raise_signal(signal.SIGTERM)
-        super().train_step()
-
-
-def train_until_stopped(recipe_path: Path) -> None:
-    recipe = load_recipe(recipe_path, WATCH)
-    with process_group() as device:
-        stopped = StoppedInStep2(recipe, build_mesh(recipe.layout(2), device))
-        try:
-            assert stopped.fit() == EXIT_PREEMPTED
-        finally:
-            stopped.close()
-            del stopped
-
-
 def test_a_run_that_is_asked_to_stop_saves_before_it_looks(recipe_path: Path, watched: tuple[Path, State]) -> None:
     """The look of that step is left out; later ones find what they would have found."""
-    run_ranks(2, train_until_stopped, recipe_path)
+    run_ranks(2, train_until_stopped, recipe_path, WATCH)
     assert [path.name for path in checkpoint.committed(run_dir(recipe_path))] == ["step-00000002"]
     assert not ratios(recipe_path)
     run_ranks(2, train, recipe_path, WATCH)
