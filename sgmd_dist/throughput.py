@@ -60,8 +60,12 @@ class Throughput:
         self._peak_tflops = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def record(self, metrics: Metrics, roles: Mapping[str, Role], num_steps: int) -> None:
-        """Record what this rank did in `num_steps` steps, which `rates` wants reduced over ranks."""
-        metrics.record(_FLOPS, step_flops(roles, self._recipe) / num_steps)
+        """Record what this rank did in `num_steps` steps, which `rates` wants reduced over ranks.
+
+        Operations are counted on GPUs alone, as nobody asks for a CPU's, and to trace a network for them takes seconds.
+        """
+        if self._device.type == "cuda":
+            metrics.record(_FLOPS, step_flops(roles, self._recipe) / num_steps)
         metrics.record(_TOKENS, tokens_per_sample(roles["generator"]))
         metrics.record("perf/peak_bytes", peak_bytes(self._device))
 

@@ -70,17 +70,23 @@ def test_only_known_cards_have_a_peak(name: str, peak: float | None) -> None:
 def test_a_gpu_reports_its_share_of_the_peak(
     recipe: Recipe, role: Role, alone: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the peak, where a step of one second has as many operations."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    throughput = Throughput(recipe, torch.device("cuda"))
-    found = throughput.rates({"time/step_s": 2.0, "perf/flops_per_step": 989e12, "perf/tokens_per_sample": 100.0})
-    assert found == pytest.approx(
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    call = Call(SHAPE, False, False)
+    role.calls = Counter({call: 6})
+    throughput, metrics = Throughput(recipe, torch.device("cuda")), Metrics(alone)
+    metrics.record("time/step_s", 2.0)
+    throughput.record(metrics, {"generator": role}, num_steps=3)
+    tflops = 2 * flops_of(role, call, recipe) / 2.0 / 1e12
+    assert throughput.rates(metrics.flush()) == pytest.approx(
         {
             "time/step_s": 2.0,
+            "perf/peak_bytes": 2**30,
             "perf/samples_per_s": recipe.data.global_batch_size / 2,
-            "perf/tokens_per_s": recipe.data.global_batch_size * 50,
-            "perf/tflops_per_gpu": 494.5,
-            "perf/mfu": 0.5,
+            "perf/tokens_per_s": recipe.data.global_batch_size / 2 * 3 * 16,
+            "perf/tflops_per_gpu": tflops,
+            "perf/mfu": tflops / 989,
         }
     )
 
