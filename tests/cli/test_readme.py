@@ -27,17 +27,21 @@ LORA = (
 EVALUATE = "python launch/evaluate.py runs/tiny_sgmd --repeats 1 --teacher-steps 10"
 TEACHER = "torchrun --nproc-per-node=2 launch/train.py recipes/tiny_teacher.yaml"
 
+DRY_RUN = "python launch/train.py recipes/tiny_sgmd.yaml --dry-run --world-size 2"
+SMALL = "data.global_batch_size=2 data.micro_batch_size=1"
+
 # What makes a command short, or keeps it below {runs}.
 SHORTER = {
     "make demo": 'DEMO={runs}/demo TRAIN_ARGS=run.steps=3 EVALUATE_ARGS="--repeats 1 --teacher-steps 2"',
     "python launch/prepare.py world runs/world --num-samples 512": "--num-samples 64",
-    TRAIN: "run.dir={runs}/tiny_sgmd run.steps=10",
-    RESUME: "run.dir={runs}/tiny_sgmd run.steps=20",
-    SHARED: "run.steps=2",
-    BENCH_STEP: "--steps 1",
+    DRY_RUN: SMALL,
+    TRAIN: f"run.dir={{runs}}/tiny_sgmd run.steps=10 {SMALL}",
+    RESUME: f"run.dir={{runs}}/tiny_sgmd run.steps=20 {SMALL}",
+    SHARED: f"run.steps=2 {SMALL}",
+    BENCH_STEP: f"--steps 1 {SMALL}",
     EVALUATE: "--teacher-steps 2",
-    LORA: "run.steps=2",
-    TEACHER: "run.dir={runs}/tiny_teacher run.steps=2",
+    LORA: f"run.steps=2 {SMALL}",
+    TEACHER: f"run.dir={{runs}}/tiny_teacher run.steps=2 {SMALL}",
 }
 NOT_RUN = {
     "make test": "runs this test",
