@@ -61,9 +61,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path) -> Path:
 
 
 @pytest.fixture
-def recipe_path(tmp_path: Path, write_recipe: Callable[[Path], Path]) -> Path:
-    """A recipe for 1 or 2 ranks in a folder of the test's own."""
-    return write_recipe(tmp_path)
+def recipe_path(request: pytest.FixtureRequest, tmp_path: Path, write_recipe: Callable[[Path], Path]) -> Path:
+    """A recipe for 1 or 2 ranks in a folder of the test's own; of as many steps as the test's file says in `STEPS`."""
+    path = write_recipe(tmp_path)
+    if (steps := getattr(request.module, "STEPS", None)) is not None:
+        recipe = yaml.safe_load(path.read_text())
+        recipe["run"]["steps"] = steps
+        path.write_text(yaml.safe_dump(recipe))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from sgmd_dist.assemble import materialize
 from sgmd_dist.models.wan import Wan
@@ -160,6 +161,13 @@ def parallel(cases: list[Case]) -> list[Outcome]:
             del mesh, networks
             gc.collect()
         return outcomes
+
+
+def parallel_in_graphs(cases: list[Case]) -> tuple[list[Outcome], int]:
+    """`parallel` whose compiled blocks run their graphs, forward and backward, as they are; and how many there were."""
+    compiled = nn.Module.compile
+    nn.Module.compile = lambda self: compiled(self, backend="aot_eager")
+    return parallel(cases), counters["stats"]["unique_graphs"]
 
 
 def parallel_with_own_gradients(cases: list[Case]) -> list[Outcome]:

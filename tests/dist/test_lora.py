@@ -21,6 +21,7 @@ from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.trainer import Trainer
 
 TOLERANCE = 1e-6
+STEPS = 3
 BOTH = ["model.generator.lora={rank: 4, alpha: 8}", "model.fake_score.lora={rank: 3}"]
 GENERATOR_ALONE = ["model.generator.lora={rank: 4, targets: [to_q, ffn.net.2]}"]
 CHECKPOINTING = "parallel.activation_checkpointing=block"

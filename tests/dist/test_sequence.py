@@ -8,7 +8,17 @@ from functools import cache
 import pytest
 import torch
 from ranks import run_ranks
-from sequence_cases import BATCH, HEAD_SIZE, Case, Outcome, communication, parallel, parallel_with_own_gradients, plain
+from sequence_cases import (
+    BATCH,
+    HEAD_SIZE,
+    Case,
+    Outcome,
+    communication,
+    parallel,
+    parallel_in_graphs,
+    parallel_with_own_gradients,
+    plain,
+)
 from torch import Tensor
 
 from sgmd_dist.parallel.mesh import SequenceGroup, build_mesh, process_group
@@ -95,8 +105,11 @@ def test_a_gather_that_does_not_sum_shows_where_networks_are_chained() -> None:
 
 
 def test_compiled_blocks_equal_one_process() -> None:
+    """As far as graphs go, with their backward passes: test_training_equality.py has Inductor make kernels of them."""
     case = Case(ulysses=2, compile=True, checkpointing=True)
-    check(case, [rank[0] for rank in run_ranks(case.world_size, parallel, [case])])
+    ranks = run_ranks(case.world_size, parallel_in_graphs, [case])
+    check(case, [outcomes[0] for outcomes, _ in ranks])
+    assert all(num_graphs > 0 for _, num_graphs in ranks)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.trainer import Trainer
 
 TOLERANCE = 1e-6
+STEPS = 3  # what ranks do otherwise shows in the first, or where the second begins with what it left
 FOUR = "data.global_batch_size=4"
 SIX = "data.global_batch_size=6"
 VARIANTS = {
