@@ -78,8 +78,9 @@ def dry_run(recipe_path: str, overrides: Sequence[str], world_size: int, ranks: 
         UserError: the recipe cannot be run so.
     """
     workers = min(len(ranks), os.cpu_count() or 1)
-    spawn = multiprocessing.get_context("spawn")  # a fake process group is the process's only one
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
+    context = multiprocessing.get_context("forkserver")  # a fake process group is the process's only one
+    context.set_forkserver_preload([__name__])  # imported once, for all ranks
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
         futures = [pool.submit(_trace_quietly, recipe_path, list(overrides), world_size, rank) for rank in ranks]
         return [future.result() for future in futures]
 
