@@ -27,14 +27,16 @@ SHORTER = {
     "python launch/plan.py recipes/tiny_videos.yaml --nodes 1 --gpus-per-node 2 --gpu-memory 80": FOLDERS,
     KILLED: f"{FOLDERS} {SMALL} run.steps=1000 checkpoint.every=2",
     TRAIN: f"{FOLDERS} {SMALL} run.steps=12",
-    EVALUATE: "--teacher-steps 2",
+    EVALUATE: "--teacher-steps 2 --prompts {runs}/one.txt",
 }
 Outcome = Done | dict[str, Any]  # of a command, or the names that a block of Python leaves
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "one.txt").write_text("a red ball moving left\n")
+    return folder
 
 
 @pytest.fixture(scope="module")

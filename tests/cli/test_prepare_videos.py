@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import REPO, run, run_forked
+from commands import REPO, run_forked
 
 from sgmd_dist import preflight
 from sgmd_dist.data.index import ShardIndex
@@ -81,7 +81,7 @@ def test_killed_on_two_ranks_called_again_and_trained_on(tmp_path: Path, manifes
     assert len(before) >= 2 and len(keys_of_whole_shards(out)) < NUM_CLIPS - 1
     assert not (out / "index.json").exists()
 
-    done = run(command)
+    done = run_forked(command.replace(f"{TORCHRUN} {REPO}/", "torchrun --nproc-per-node=2 "))
     assert done.code == 0, done.output
     assert f"{NUM_CLIPS} rows: {NUM_CLIPS - 1} encoded, 1 skipped (skipped.jsonl)" in done.output
     [broken] = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]

@@ -32,11 +32,11 @@ SMALL = "data.global_batch_size=2 data.micro_batch_size=1"
 
 # What makes a command short, or keeps it below {runs}.
 SHORTER = {
-    "make demo": 'DEMO={runs}/demo TRAIN_ARGS=run.steps=3 EVALUATE_ARGS="--repeats 1 --teacher-steps 2"',
+    "make demo": f'DEMO={{runs}}/demo TRAIN_ARGS="run.steps=3 {SMALL}" EVALUATE_ARGS="--repeats 1 --teacher-steps 2"',
     "python launch/prepare.py world runs/world --num-samples 512": "--num-samples 64",
     DRY_RUN: SMALL,
-    TRAIN: f"run.dir={{runs}}/tiny_sgmd run.steps=10 {SMALL}",
-    RESUME: f"run.dir={{runs}}/tiny_sgmd run.steps=20 {SMALL}",
+    TRAIN: f"run.dir={{runs}}/tiny_sgmd run.steps=2 run.log_every=2 {SMALL}",
+    RESUME: f"run.dir={{runs}}/tiny_sgmd run.steps=4 run.log_every=2 {SMALL}",
     SHARED: f"run.steps=2 {SMALL}",
     BENCH_STEP: f"--steps 1 {SMALL}",
     EVALUATE: "--teacher-steps 2",
@@ -99,11 +99,11 @@ def test_the_demo_leaves_scores_and_pictures_and_prints_the_table(journey: dict[
 
 def test_a_second_call_with_more_steps_resumes_where_the_first_ended(journey: dict[str, Done], runs: Path) -> None:
     assert "resumed" not in journey[TRAIN].output
-    assert re.search(r"resumed .*step-00000010 at step 10", journey[RESUME].output)
+    assert re.search(r"resumed .*step-00000002 at step 2", journey[RESUME].output)
     lines = (runs / "tiny_sgmd/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [10, 20]
-    assert (runs / "tiny_sgmd/checkpoints/step-00000020").is_dir()
-    assert yaml.safe_load((runs / "tiny_sgmd/recipe.yaml").read_text())["run"]["steps"] == 20
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+    assert (runs / "tiny_sgmd/checkpoints/step-00000004").is_dir()
+    assert yaml.safe_load((runs / "tiny_sgmd/recipe.yaml").read_text())["run"]["steps"] == 4
 
 
 def test_sampling_writes_one_video_per_prompt_and_seed(journey: dict[str, Done], runs: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from reference import Reference
-from running import State, max_difference, parameter_difference, train
+from running import State, max_difference, parameter_difference, train, train_unsaved
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
@@ -69,7 +69,7 @@ def parameters(state: State) -> State:
 )
 def test_ranks_equal_one_plain_process(recipe_path: Path, pair: list[str], variant: str, layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
-    state = run_ranks(ranks, train, recipe_path, [*pair, *VARIANTS[variant], *parallel])[0]
+    state = run_ranks(ranks, train_unsaved, recipe_path, [*pair, *VARIANTS[variant], *parallel])[0]
     expected = reference(recipe_path, variant, pair)
     assert parameter_difference(parameters(state), expected) < TOLERANCE
     for role in ("generator", "fake_score"):
@@ -82,7 +82,7 @@ def test_an_expert_that_takes_no_part_in_a_step_stays_as_it_was(recipe_path: Pat
     """With one group a step has one exit and one draw of the fake score's levels: an expert may miss it. Neither
     AdamW's moments nor weight decay move it then."""
     after = [
-        run_ranks(2, train, recipe_path, [*pair, *VARIANTS["one group"], f"run.steps={n}", f"run.dir={recipe_path}.{n}"])
+        run_ranks(2, train_unsaved, recipe_path, [*pair, *VARIANTS["one group"], f"run.steps={n}", f"run.dir={recipe_path}.{n}"])
         for n in (1, 2)
     ]
     (one,), (two,) = ([state for state in states if state] for states in after)

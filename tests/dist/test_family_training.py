@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from running import State, parameter_difference, train
+from running import State, parameter_difference, train_unsaved
 from tiny_families import FAMILIES, TEXT_WIDTH
 
 from sgmd_dist.data.format import write_negative_prompt
@@ -32,7 +32,7 @@ def keys(name: str, folder: Path, shards: Path) -> list[str]:
 
 def trained(recipe_path: Path, shards: Path, name: str, world_size: int, *parallel: str) -> State:
     overrides = [*keys(name, recipe_path.parent, shards), *parallel, f"run.dir={recipe_path.parent}/{world_size}"]
-    return run_ranks(world_size, train, recipe_path, overrides)[0]
+    return run_ranks(world_size, train_unsaved, recipe_path, overrides)[0]
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gan_reference import GanReference
 from ranks import run_ranks
-from running import State, max_difference, parameter_difference, train
+from running import State, max_difference, parameter_difference, train, train_unsaved
 from test_passes import count_passes
 
 from sgmd_dist import checkpoint
@@ -49,7 +49,7 @@ def parameters(state: State) -> State:
 
 
 def assert_equal_to_reference(recipe_path: Path, world_size: int, overrides: list[str], parallel: list[str]) -> None:
-    state = run_ranks(world_size, train, recipe_path, [*overrides, *parallel])[0]
+    state = run_ranks(world_size, train_unsaved, recipe_path, [*overrides, *parallel])[0]
     expected = reference(recipe_path, overrides)
     generator, average = (list(expected[name].values()) for name in ("generator", "generator.ema"))
     assert max(float((a - b).abs().max()) for a, b in zip(generator, average, strict=True)) > 1e-3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import RankError, run_ranks
 from reference import Reference
-from running import parameter_difference, train
+from running import parameter_difference, train_unsaved
 from safetensors.torch import load as load_safetensors
 from test_dry_run import dry
 from test_planner import passes_by_exit, sent_bytes, two_each
@@ -175,7 +175,7 @@ DMD = ["objective={name: dmd}", "run.steps=3"]
 
 def test_dmd_on_two_ranks_equals_one_plain_process(by_one_rank: Path, recipe_path: Path) -> None:
     overrides = [*DMD, f"data.shards={by_one_rank / 'pairs'}"]
-    state = run_ranks(2, train, recipe_path, overrides)[0]
+    state = run_ranks(2, train_unsaved, recipe_path, overrides)[0]
     torch.set_num_threads(1)
     expected = Reference(load_recipe(recipe_path, overrides)).train()
     ours = {name: part for name, part in state.items() if not name.endswith(".optimizer")}

@@ -18,8 +18,8 @@ from sgmd_dist import checkpoint
 from sgmd_dist.checkpoint import folder
 from sgmd_dist.trainer import Trainer
 
-STEPS = 16
-LONG = [f"run.steps={STEPS}"]
+LAST = 16
+LONG = [f"run.steps={LAST}"]
 TWELVE = ["run.steps=3", "data.global_batch_size=12"]  # whatever divides 12 may be the number of ranks
 
 
@@ -59,20 +59,18 @@ def test_kill_at_random_moments_then_resume_gives_the_same_bits(recipe_path: Pat
         ranks.kill()
     assert_same_bits(run_ranks(2, train, recipe_path, overrides)[0], quiet)
     lines = (run_dir(recipe_path) / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, LAST + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_saves_and_ends_all_with_75(
-    recipe_path: Path, quiet: State, number: signal.Signals
-) -> None:
+def test_a_signal_to_one_rank_saves_and_ends_all_with_75(recipe_path: Path, quiet: State) -> None:
+    """SIGTERM; SIGUSR1 asks for the same, as unit/test_signals.py shows, and Slurm sends it in cli/test_slurm.py."""
     overrides = [*LONG, "checkpoint.every=100"]
     ranks = Ranks(2, train_command, recipe_path, overrides)
     wait_for((run_dir(recipe_path) / "metrics.jsonl").exists, ranks)
-    os.kill(ranks.processes[1].pid, number)
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
     assert ranks.exit_codes() == [75, 75]
     (saved,) = checkpoint.committed(run_dir(recipe_path))
-    assert 0 < checkpoint.read_meta(saved).step < STEPS
+    assert 0 < checkpoint.read_meta(saved).step < LAST
     assert_same_bits(run_ranks(2, train, recipe_path, overrides)[0], quiet)
 
 

@@ -9,7 +9,7 @@ import torch
 from lora_reference import LoraReference
 from ranks import run_ranks
 from reference import Reference
-from running import State, parameter_difference, train
+from running import State, parameter_difference, train_unsaved
 from test_passes import count_passes
 
 from sgmd_dist.recipe_file import load_recipe
@@ -57,7 +57,7 @@ def three_steps(name: str, *overrides: str) -> list[str]:
     "name, layout", [*(("sid", layout) for layout in LAYOUTS), ("sim", "2 ranks")]
 )
 def test_two_ranks_equal_one_plain_process(recipe_path: Path, name: str, layout: str) -> None:
-    state = run_ranks(2, train, recipe_path, three_steps(name, *LAYOUTS[layout]))[0]
+    state = run_ranks(2, train_unsaved, recipe_path, three_steps(name, *LAYOUTS[layout]))[0]
     expected = reference(recipe_path, three_steps(name))
     assert moved(expected) > 1e-3
     assert parameter_difference(parameters(state), expected) < TOLERANCE
@@ -66,7 +66,7 @@ def test_two_ranks_equal_one_plain_process(recipe_path: Path, name: str, layout:
 def test_the_base_of_both_adapters_is_differentiated_as_the_teacher_too(recipe_path: Path) -> None:
     """One module, three graphs: the generator's with its adapter, the fake score's with its own, the teacher's bare."""
     overrides = three_steps("sid", *ADAPTERS)
-    state = run_ranks(2, train, recipe_path, [*overrides, "parallel.activation_checkpointing=block"])[0]
+    state = run_ranks(2, train_unsaved, recipe_path, [*overrides, "parallel.activation_checkpointing=block"])[0]
     expected = reference(recipe_path, overrides, LoraReference)
     assert moved(expected) > 1e-3
     assert parameter_difference(parameters(state), expected) < TOLERANCE
@@ -75,8 +75,8 @@ def test_the_base_of_both_adapters_is_differentiated_as_the_teacher_too(recipe_p
 def test_a_bfloat16_teacher_on_the_host_gives_two_ranks_the_gradient_of_one(recipe_path: Path) -> None:
     """8 bits of mantissa: 2 ranks stay within 5% of the distance that training goes, and near the exact result."""
     overrides = three_steps("sid", "model.compute_dtype=bfloat16")
-    one = run_ranks(1, train, recipe_path, overrides)[0]
-    two = run_ranks(2, train, recipe_path, [*overrides, "parallel.teacher_offload=true"])[0]
+    one = run_ranks(1, train_unsaved, recipe_path, overrides)[0]
+    two = run_ranks(2, train_unsaved, recipe_path, [*overrides, "parallel.teacher_offload=true"])[0]
     exact = reference(recipe_path, three_steps("sid"))
     assert parameter_difference(two, one) < 0.05 * moved(exact)
     assert parameter_difference(parameters(two), exact) < 0.5 * moved(exact)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from reference import Reference
-from running import State, max_difference, parameter_difference, train
+from running import State, Unsaved, max_difference, parameter_difference, train, train_unsaved
 
 from sgmd_dist.batch import Batch
 from sgmd_dist.objectives.base import Phase, StepState
@@ -58,7 +58,7 @@ def only_reference_trees(state: State) -> State:
 )
 def test_ranks_equal_one_plain_process(recipe_path: Path, variant: str, world_size: int) -> None:
     """SGMD steps of 6 micro-batches: accumulation 6, 3 and 2; twice as many in groups."""
-    state = run_ranks(world_size, train, recipe_path, VARIANTS[variant])[0]
+    state = run_ranks(world_size, train_unsaved, recipe_path, VARIANTS[variant])[0]
     expected = reference(recipe_path, VARIANTS[variant])
     assert moved(expected) > 1e-3
     assert parameter_difference(only_reference_trees(state), expected) < TOLERANCE
@@ -66,7 +66,7 @@ def test_ranks_equal_one_plain_process(recipe_path: Path, variant: str, world_si
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_dmd2_ranks_equal_one_plain_process(recipe_path: Path, world_size: int) -> None:
-    state = run_ranks(world_size, train, recipe_path, DMD2)[0]
+    state = run_ranks(world_size, train_unsaved, recipe_path, DMD2)[0]
     expected = reference(recipe_path, DMD2)
     assert moved(expected) > 1e-3
     assert parameter_difference(only_reference_trees(state), expected) < TOLERANCE
@@ -95,7 +95,7 @@ LAYOUTS = {
 def test_a_layout_equals_one_plain_process(recipe_path: Path, layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
     shared = [key for key in parallel if key.startswith(("run.", "data."))]
-    state = run_ranks(world_size, train, recipe_path, parallel)[0]
+    state = run_ranks(world_size, train_unsaved, recipe_path, parallel)[0]
     expected = reference(recipe_path, shared)
     assert moved(expected) > 1e-3
     assert parameter_difference(only_reference_trees(state), expected) < TOLERANCE
@@ -111,7 +111,7 @@ SEQUENCE_LAYOUTS = {
 @pytest.mark.parametrize("layout", SEQUENCE_LAYOUTS)
 def test_ranks_that_share_sequences_equal_one_plain_process(recipe_path: Path, layout: str) -> None:
     world_size, parallel = SEQUENCE_LAYOUTS[layout]
-    state = run_ranks(world_size, train, recipe_path, parallel)[0]
+    state = run_ranks(world_size, train_unsaved, recipe_path, parallel)[0]
     expected = reference(recipe_path, [])
     assert moved(expected) > 1e-3
     assert parameter_difference(only_reference_trees(state), expected) < TOLERANCE
@@ -123,7 +123,7 @@ def test_ranks_that_share_sequences_log_what_one_process_logs(recipe_path: Path)
     logs = []
     for world_size, parallel in ((1, []), (2, ["parallel.ring=2"])):
         run_dir = recipe_path.parent / f"{world_size}"
-        run_ranks(world_size, train, recipe_path, [*overrides, *parallel, f"run.dir={run_dir}"])
+        run_ranks(world_size, train_unsaved, recipe_path, [*overrides, *parallel, f"run.dir={run_dir}"])
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         logs.append([{k: v for k, v in line.items() if not k.startswith(("time", "perf/")) and not k.endswith("_s")} for line in lines])
     one, two = logs
@@ -131,7 +131,7 @@ def test_ranks_that_share_sequences_log_what_one_process_logs(recipe_path: Path)
     assert two == [pytest.approx(line, rel=1e-4) for line in one]
 
 
-class SkippingTrainer(Trainer):
+class SkippingTrainer(Unsaved):
     """Meets an unreadable sample, the first of each micro-batch, on its last rank alone."""
 
     def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
@@ -155,21 +155,21 @@ def test_a_sample_that_one_rank_of_a_sequence_cannot_read_weighs_nothing_on_all(
     overrides = ["data.global_batch_size=4", "data.micro_batch_size=2", "run.steps=2", "data.max_skips=99"]
     one = run_ranks(1, train_skipping, recipe_path, [*overrides, f"run.dir={recipe_path.parent}/one"])[0]
     two = run_ranks(2, train_skipping, recipe_path, [*overrides, "parallel.ring=2"])[0]
-    whole = run_ranks(1, train, recipe_path, [*overrides, f"run.dir={recipe_path.parent}/whole"])[0]
+    whole = run_ranks(1, train_unsaved, recipe_path, [*overrides, f"run.dir={recipe_path.parent}/whole"])[0]
     assert parameter_difference(two, one) < TOLERANCE < parameter_difference(whole, one)
 
 
 def test_bfloat16_ranks_agree_within_rounding(recipe_path: Path) -> None:
     """bf16 compute has 8 bits of mantissa: 2 ranks stay within 5% of the distance that training goes."""
     overrides = ["model.compute_dtype=bfloat16"]
-    one, two = (run_ranks(n, train, recipe_path, overrides)[0] for n in (1, 2))
+    one, two = (run_ranks(n, train_unsaved, recipe_path, overrides)[0] for n in (1, 2))
     exact = reference(recipe_path, [])
     assert parameter_difference(two, one) < 0.05 * moved(exact)
     assert parameter_difference(only_reference_trees(two), exact) < 0.5 * moved(exact)
     assert all(p.dtype == torch.float32 for p in two["generator"].values())
 
 
-class LeakyTrainer(Trainer):
+class LeakyTrainer(Unsaved):
     """Does not freeze: backpropagates through a trainable fake score without sync and clears its gradients after."""
 
     def _train_phase(self, phase: Phase, state: StepState) -> None:

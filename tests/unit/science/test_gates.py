@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from commands import run_forked
 
 from sgmd_dist.benchmarks.science.gates import Verdict, judge_acceptance, judge_smoke
 from sgmd_dist.benchmarks.science.methods import DMD2, SGMD
 from sgmd_dist.benchmarks.science.training import Curve, Point
-
-REPO = Path(__file__).parents[3]
 
 
 def curves(*best: float, speed: float = 1.0) -> list[Curve]:
@@ -84,7 +79,6 @@ def test_a_dmd2_that_never_gets_there_counts_with_its_whole_training() -> None:
 
 
 def test_the_smoke_run_keeps_its_gates() -> None:
-    command = [sys.executable, "launch/bench.py", "science", "--smoke"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 3
+    done = run_forked("python launch/bench.py science --smoke")
+    assert done.code == 0, done.output
+    assert done.output.count("ok ") == 3

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import run_forked
 
 from sgmd_dist.benchmarks.science import study
 from sgmd_dist.benchmarks.science.methods import DMD2, METHODS, SGMD
@@ -15,7 +14,6 @@ from sgmd_dist.benchmarks.science.study import Budget, Job, Study, run_jobs
 from sgmd_dist.benchmarks.science.training import Curve, Point
 from sgmd_dist.errors import UserError
 
-REPO = Path(__file__).parents[3]
 TINY = Budget(12, 1, 32, 32)
 
 
@@ -65,13 +63,12 @@ def test_a_wrong_name_is_named() -> None:
 
 
 def test_the_quick_benchmark_runs_every_method_in_every_world(tmp_path: Path) -> None:
-    command = [sys.executable, "launch/bench.py", "science", "--quick", "--seeds", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run_forked(f"python launch/bench.py science --quick --seeds 1 --out {tmp_path}")
+    assert done.code == 0, done.output
     assert {path.name for path in tmp_path.iterdir()} >= {"results.json", "tables.md", "ring.png", "tiny_wan.png"}
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ") and "---" not in line]
+    rows = [line for line in done.output.splitlines() if line.startswith("| ") and "---" not in line]
     assert len(rows) == 2 * (2 * (len(METHODS) + 1) + 3), "two tables: two worlds of all methods, one of two, and heads"
-    assert "diverged" not in done.stdout
+    assert "diverged" not in done.output
 
 
 def test_a_longer_training_is_scored_at_the_same_distances() -> None:
