@@ -14,6 +14,8 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := 2.13.0
 ONE_THREAD := OMP_NUM_THREADS=1
+# Dozens of processes import the project: all but the first find it compiled, whatever the environment says.
+COMPILED := PYTHONDONTWRITEBYTECODE=
 DEMO := runs/demo
 WORKERS := 2
 # A file's tests stay in one process, which keeps what they share; the long files of tests/cli and tests/dist go first.
@@ -68,7 +70,7 @@ demo: install ## distil a tiny video model on two ranks and score it: runs/demo
 	$(ONE_THREAD) $(BIN)/python launch/evaluate.py $(DEMO) $(EVALUATE_ARGS)
 
 test: install ## run the whole test suite
-	$(ONE_THREAD) $(BIN)/python -m pytest $(TOGETHER) $(ARGS)
+	$(ONE_THREAD) $(COMPILED) $(BIN)/python -m pytest $(TOGETHER) $(ARGS)
 
 lint: install ## ruff, pyright and the import contracts
 	$(BIN)/ruff check .

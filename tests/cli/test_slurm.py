@@ -15,7 +15,14 @@ from commands import REPO, run_forked
 
 RECIPE = "recipes/tiny_sgmd.yaml"
 # Long enough to be stopped on the way, however slow the machine; the last step decides on the comparison.
-SHORTER = ["run.steps=12", "run.log_every=1", "checkpoint.every=4", "logging.tensorboard=false"]
+SHORTER = [
+    "run.steps=12",
+    "data.global_batch_size=2",
+    "data.micro_batch_size=1",
+    "run.log_every=1",
+    "checkpoint.every=4",
+    "logging.tensorboard=false",
+]
 ENDS_WITHIN_S = 180.0
 
 pytestmark = pytest.mark.skipif(slurm.why_not() is not None, reason=slurm.why_not() or "")

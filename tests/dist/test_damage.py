@@ -17,6 +17,7 @@ from sgmd_dist.parallel.mesh import build_mesh, process_group, world_size
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.trainer import Trainer
 
+NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 TWO = ["checkpoint.every=2", "checkpoint.keep=9"]
 
 

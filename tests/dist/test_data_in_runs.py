@@ -22,6 +22,7 @@ from sgmd_dist.recipe import Recipe
 from sgmd_dist.parallel.mesh import Mesh
 from sgmd_dist.trainer import Trainer
 
+NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 SMALL = ["data.global_batch_size=4", "data.micro_batch_size=2", "run.steps=3", "objective.inner_sample=reuse"]
 
 

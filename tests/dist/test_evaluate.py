@@ -13,6 +13,7 @@ from PIL import Image
 from ranks import run_ranks
 from running import train
 
+NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 PROMPTS = ("a red ball moving left", "a blue bar / moving up", "a green pillar moving down")
 TIMED = "seconds_per_video"
 Json = dict[str, dict[str, object]]

@@ -24,6 +24,7 @@ from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.rng import SampleId
 from sgmd_dist.rollout import guided, sample
 
+NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 SAMPLES = 6
 WATCH = ["run.steps=4", f"health.motion={{every: 2, samples: {SAMPLES}, teacher_steps: 3}}"]
 

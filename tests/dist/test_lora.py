@@ -89,8 +89,9 @@ def train_compiled(recipe_path: Path, overrides: list[str]) -> tuple[State, dict
     return state, dict(counters["unimplemented"])
 
 
-def test_compiled_blocks_train_adapters_as_eager_ones_do(recipe_path: Path) -> None:
-    overrides = [*TWO_LAYERS, "data.global_batch_size=1", "run.steps=2"]
+def test_compiled_blocks_train_adapters_as_eager_ones_do(recipe_path: Path, one_block_folder: Path) -> None:
+    small = ["data.global_batch_size=1", "run.steps=2", f"model.pretrained={one_block_folder}"]
+    overrides = [*TWO_LAYERS, *small]
     state, not_compiled = run_ranks(1, train_compiled, recipe_path, [*overrides, CHECKPOINTING])[0]
     assert not_compiled == {}
     assert parameter_difference(only_parameters(state), reference(recipe_path, overrides)) < TOLERANCE

@@ -15,6 +15,7 @@ from running import train_command
 from sgmd_dist.parallel.lost_ranks import Note, Place, findings
 from sgmd_dist.trainer import Trainer
 
+NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 TIMEOUT_S = 6.0
 LONG = ["run.steps=100000", f"health.timeout={TIMEOUT_S}", "data.read_timeout=5"]
 

@@ -18,9 +18,10 @@ from sgmd_dist import checkpoint
 from sgmd_dist.checkpoint import folder
 from sgmd_dist.trainer import Trainer
 
+NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 LAST = 16
 LONG = [f"run.steps={LAST}"]
-TWELVE = ["run.steps=3", "data.global_batch_size=12"]  # whatever divides 12 may be the number of ranks
+TWELVE = ["run.steps=2", "data.global_batch_size=12"]  # whatever divides 12 may be the number of ranks
 
 
 def run_dir(recipe_path: Path) -> Path:

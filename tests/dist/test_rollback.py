@@ -15,6 +15,7 @@ from running import State, max_difference, parameter_difference, train
 from sgmd_dist.shard import local
 from sgmd_dist.trainer import Trainer
 
+NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 BACK = ["run.steps=6", "checkpoint.every=2", "health.max_skipped=2"]
 
 

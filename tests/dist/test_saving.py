@@ -21,6 +21,7 @@ from running import train
 from sgmd_dist import checkpoint
 
 # Of the third save, on a rank; together these are 10 for each mode.
+NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 MOMENTS = [
     (0, "before the checks"),
     (1, "after the checks"),

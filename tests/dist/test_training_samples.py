@@ -27,6 +27,7 @@ from sgmd_dist.sampling import encode_prompts, open_source, sample_videos
 from sgmd_dist.training_samples import Guided, TrainingSamples
 from sgmd_dist.video_folder import Take
 
+NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 CAPTIONS = ["a red ball moving left", "a blue bar moving up", "a green ball moving right"]
 SEED = 7
 NAMES = [f"{number:04d}-seed-{SEED}" for number in range(3)]

@@ -19,6 +19,7 @@ from sgmd_dist import checkpoint
 from sgmd_dist.errors import UserError
 from sgmd_dist.trainer import Trainer
 
+NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 TOKENS = 3 * 4 * 4  # of latents [3, 3, 8, 8] in patches of 1 x 2 x 2
 
 
