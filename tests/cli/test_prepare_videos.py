@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def keys(tar: Path) -> list[str]:
 
 
 def kill_when(command: str, condition: Callable[[], bool], log: Path) -> None:
-    """Start a command and SIGKILL it with all its ranks as soon as `condition` holds."""
+    """Start a torchrun; as soon as `condition` holds, SIGKILL it and its ranks, which have sessions of their own, and
+    wait until they are gone."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -65,9 +67,24 @@ def kill_when(command: str, condition: Callable[[], bool], log: Path) -> None:
                 assert process.poll() is None and time.monotonic() < end, log.read_text()
                 time.sleep(0.005)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
+            while left := processes_of(command):
+                for rank in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(rank, signal.SIGKILL)
+                time.sleep(0.005)
+
+
+def processes_of(command: str) -> list[int]:
+    """The processes that run the script of a torchrun with its arguments."""
+    script = "\0".join(shlex.split(command.removeprefix(TORCHRUN))).encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):
+            if folder.name.isdecimal() and script in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
 
 
 def test_killed_on_two_ranks_called_again_and_trained_on(tmp_path: Path, manifest: Path, video_pipeline: Path) -> None:

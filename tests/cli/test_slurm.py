@@ -101,46 +101,42 @@ def wait_until(job: Job, condition: Callable[[], bool], what: str) -> None:
         raise AssertionError(f"{error}\n{job.everything()}") from None
 
 
-def test_a_preempted_job_saves_returns_to_the_queue_and_ends_as_if_undisturbed(
+def test_a_job_that_is_preempted_and_then_loses_a_rank_ends_as_if_undisturbed(
     cluster: slurm.Cluster, tmp_path: Path, undisturbed: dict[str, int]
 ) -> None:
+    """Preempted, it saves and returns to the queue; without a rank it fails, and the same command continues."""
     run_dir = tmp_path / "run"
-    job = Job(cluster, tmp_path, "train.sbatch", RECIPE, f"run.dir={run_dir}", "run.resume=never", *SHORTER)
+    arguments = (RECIPE, f"run.dir={run_dir}", *SHORTER, "health.timeout=12", "data.read_timeout=10")
+    job = Job(cluster, tmp_path, "train.sbatch", *arguments, "run.resume=never")
     wait_for_steps(run_dir, 2, job)
     cluster.run("scancel", "--signal=USR1", job.id)
     job.prints("stopped with everything saved; back into the queue")
     job.is_in("PENDING")
-    (saved,) = (run_dir / "checkpoints").iterdir()
+    (saved,) = checkpoints(run_dir)
     # By itself Slurm waits two minutes; a start in the second in which it took the job back would be refused.
     cluster.run("scontrol", "update", f"JobId={job.id}", "StartTime=now+3")
 
+    wait_until(job, lambda: len(checkpoints(run_dir) - {saved}) > 0, "the next checkpoint")
+    os.kill(process_of_rank(cluster, job, 1), signal.SIGKILL)
     ended = job.ends()
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), job.everything()
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), job.everything()
     assert "start 2: 2 ranks on n[1-2]" in job.output
     assert f"resumed {saved}" in job.everything()
-    assert final_state(run_dir) == undisturbed
-
-
-def test_a_job_that_loses_a_rank_fails_with_a_message_and_the_same_command_continues(
-    cluster: slurm.Cluster, tmp_path: Path, undisturbed: dict[str, int]
-) -> None:
-    run_dir = tmp_path / "run"
-    arguments = (RECIPE, f"run.dir={run_dir}", *SHORTER, "health.timeout=12", "data.read_timeout=10")
-    job = Job(cluster, tmp_path, "train.sbatch", *arguments)
-    wait_until(job, (run_dir / "checkpoints/step-00000004").is_dir, "the first checkpoint")
-    os.kill(process_of_rank(cluster, job, 1), signal.SIGKILL)
-
-    ended = job.ends()
-    assert ended["JobState"] == "FAILED", ended
     assert "FAILED, exit code" in job.output
     assert "the same sbatch command continues" in job.output
     assert "no word from rank 1 (node" in job.output
-    assert not (run_dir / "checkpoints/step-00000012").exists()
+    assert run_dir / "checkpoints/step-00000012" not in checkpoints(run_dir)
 
+    newest = max(checkpoints(run_dir))
     again = Job(cluster, tmp_path, "train.sbatch", *arguments)
-    assert again.ends()["JobState"] == "COMPLETED", again.everything()
-    assert "resumed" in again.everything()
+    ended = again.ends()
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), again.everything()
+    assert f"resumed {newest}" in again.everything()
     assert final_state(run_dir) == undisturbed
+
+
+def checkpoints(run_dir: Path) -> set[Path]:
+    return set((run_dir / "checkpoints").glob("step-????????"))
 
 
 def process_of_rank(cluster: slurm.Cluster, job: Job, rank: int) -> int:

@@ -49,11 +49,11 @@ def one_block_folder(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path)
 
 
 @pytest.fixture(scope="session")
-def pair_folder(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path) -> Path:
+def pair_folder(tmp_path_factory: pytest.TempPathFactory, one_block_folder: Path) -> Path:
     """The same with a second transformer for noise levels below 0.875, as Wan2.2-A14B's."""
     folder = tmp_path_factory.mktemp("pair") / "wan"
-    shutil.copytree(wan_folder, folder)
-    save_random_wan(folder / "transformer_2", seed=1)
+    shutil.copytree(one_block_folder, folder)
+    save_random_wan(folder / "transformer_2", seed=1, num_layers=1)
     kind = ["diffusers", "WanTransformer3DModel"]
     index = {"_class_name": "WanPipeline", "transformer": kind, "transformer_2": kind, "boundary_ratio": 0.875}
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -28,7 +28,7 @@ class PlainHead(nn.Module):
 
 
 class GanReference(Reference):
-    """Two blocks of width 24, whose outputs the head reads; generated and real samples pass one after the other."""
+    """Blocks of width 24, whose outputs the head reads; generated and real samples pass one after the other."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,7 +36,7 @@ class GanReference(Reference):
         gan, seed = self.recipe.objective.gan, self.recipe.run.seed
         networks = self.fake_score.items() if isinstance(self.fake_score, nn.ModuleDict) else [("", self.fake_score)]
         for name, network in networks:
-            head = PlainHead(2, 24, gan.width)
+            head = PlainHead(len(network.blocks), 24, gan.width)
             for key, p in head.named_parameters():
                 drawn = rng.normal(p.shape, seed, f"init/{name}{'.' * bool(name)}head.{key}")
                 constant = torch.ones_like(p) if "norms" in key and key.endswith("weight") else torch.zeros_like(p)

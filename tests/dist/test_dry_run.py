@@ -19,6 +19,7 @@ from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.tracing import Collective, Group, Tracer
 from sgmd_dist.trainer import Trainer
 
+NUM_BLOCKS = 1  # and the root: what is gathered early, and again, shows on these two
 ROTARY_BYTES = 2 * 32 * 12 * 4  # two tables of 32 places x 12 numbers, whole on every rank
 LAYOUTS = {
     "shards": (2, []),
