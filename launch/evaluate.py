@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from sgmd_dist.data.real import RealVideos
     from sgmd_dist.models.base import LatentShape
+    from sgmd_dist.prompts import Prompt
     from sgmd_dist.protocol import Protocol, Stored
     from sgmd_dist.sampling import Source
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
     parser.add_argument("--out", type=Path, help="output folder; default: the run folder, or the checkpoint's run")
-    parser.add_argument("--prompts", type=Path, help="one caption per line; default: all captions of the run's world")
+    parser.add_argument("--prompts", type=Path, help="file of prompts; default: all captions of the run's world")
     parser.add_argument("--repeats", type=positive_int, default=6, help="videos per caption")
     parser.add_argument("--teacher-steps", type=positive_int, default=20, help="Euler steps of the teacher")
     parser.add_argument("--ema", action="store_true", help="score the moving average of the weights")
@@ -80,7 +81,7 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
     against = None if args.against is None else read_stored(args.against)
     shape, real = latent_shape_of(source.recipe, source.model), []
 
-    def prepare() -> Protocol | None:
+    def prepare() -> tuple[Protocol, list[Prompt]] | None:
         """What is measured, before a network is loaded; it is the main rank that reads."""
         if not is_main:
             return None
@@ -89,13 +90,14 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
         real.extend(_real_videos(args.real, source, shape))
         return _protocol(args, source, shape, real, against)
 
-    protocol = together(prepare)[0]
-    assert protocol is not None
+    prepared = together(prepare)[0]
+    assert prepared is not None
+    protocol, prompts = prepared
     count = len(protocol.captions)
     if is_main:
         print(f"{source.checkpoint}: {count} videos per row, teacher with {args.teacher_steps} steps", flush=True)
     latents = real[0].latents(protocol.num_real) if real else None
-    found = comparison.compare(source, protocol, which, device, real=latents, batch_size=args.batch_size)
+    found = comparison.compare(source, protocol, prompts, which, device, real=latents, batch_size=args.batch_size)
     if not is_main:
         return
     scores = found.scores if against is None else comparison.side_by_side(found.scores, against.scores)
@@ -112,14 +114,20 @@ def _make_vbench(args: argparse.Namespace, device: torch.device) -> bool:
 
     from sgmd_dist import vbench
     from sgmd_dist.checkpoint import together
-    from sgmd_dist.data.sources import captions_of, latent_shape_of
+    from sgmd_dist.data.sources import latent_shape_of
+    from sgmd_dist.prompts import prompts_of
     from sgmd_dist.protocol import evaluated_of
     from sgmd_dist.sampling import open_source
 
     source, which = open_source(args.model), "generator.ema" if args.ema else "generator"
     is_main, num_ranks = dist.get_rank() == 0, dist.get_world_size()
-    prompts, shape = captions_of(source.recipe, args.prompts), latent_shape_of(source.recipe, source.model)
-    videos = vbench.Videos(prompts, args.vbench_videos, shape, *source.few_steps)
+    if source.model.image_input is not None:
+        raise UserError(
+            f"--vbench {args.vbench}: VBench's videos are of captions alone, and {source.checkpoint} is of an"
+            " image-to-video model; score it without --vbench"
+        )
+    prompts, shape = prompts_of(source.recipe, args.prompts), latent_shape_of(source.recipe, source.model)
+    videos = vbench.Videos([prompt.caption for prompt in prompts], args.vbench_videos, shape, *source.few_steps)
     evaluated = evaluated_of(source, which, device, num_ranks, args.batch_size)
     together(lambda: vbench.prepare(args.vbench, videos, evaluated) if is_main else None)
     made = sum(together(lambda: vbench.make_videos(args.vbench, videos, which, source, device, args.batch_size)))
@@ -159,11 +167,12 @@ def _real_videos(shards: str | None, source: Source, shape: LatentShape) -> list
 
 def _protocol(
     args: argparse.Namespace, source: Source, shape: LatentShape, real: list[RealVideos], against: Stored | None
-) -> Protocol:
-    from sgmd_dist.data.sources import captions_of
+) -> tuple[Protocol, list[Prompt]]:
+    from sgmd_dist.prompts import check_prompts, prompts_of
     from sgmd_dist.protocol import check_agreement, protocol_of
 
-    prompts = captions_of(source.recipe, args.prompts)
+    prompts = prompts_of(source.recipe, args.prompts)
+    check_prompts(prompts, source.model, "--prompts")
     protocol = protocol_of(
         source,
         prompts,
@@ -175,7 +184,7 @@ def _protocol(
     )
     if against is not None:
         check_agreement(protocol, against)
-    return protocol
+    return protocol, prompts
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from sgmd_dist.errors import natural_int, positive_float, positive_int, reports_user_errors
+from sgmd_dist.errors import UserError, natural_int, positive_float, positive_int, reports_user_errors
 from sgmd_dist.registry import MODELS, available
 
 
@@ -20,7 +20,8 @@ from sgmd_dist.registry import MODELS, available
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="run, checkpoint, export, or another diffusers folder")
-    parser.add_argument("--prompts", nargs="+", required=True, help="captions, or files with one caption per line")
+    parser.add_argument("--prompts", nargs="+", required=True, help="captions, or files (docs/sampling.md)")
+    parser.add_argument("--image", type=Path, help="what image-to-video prompts without an image begin with")
     parser.add_argument("--out", type=Path, required=True, help="folder for the videos and videos.json")
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--seeds", type=natural_int, nargs="+", default=[0], metavar="N", help="default: 0")
@@ -43,7 +44,7 @@ def main() -> None:
     from sgmd_dist.durable import check_writable
     from sgmd_dist.generators import Options, open_generator, write_videos
     from sgmd_dist.parallel.mesh import process_group
-    from sgmd_dist.sampling import encode_together, read_captions
+    from sgmd_dist.prompts import encode_together, read_prompts
     from sgmd_dist.video_folder import takes_of
 
     which = "generator.ema" if args.ema else "generator"
@@ -60,9 +61,10 @@ def main() -> None:
     seeds = range(args.num_seeds) if args.num_seeds else list(dict.fromkeys(args.seeds))
     with process_group() as device:
         generator = open_generator(args.model, options)
-        captions = read_captions(args.prompts)
-        prompts = encode_together(generator.text_encoder, generator.model, generator.text_tokens, captions)
-        takes = takes_of(captions, seeds)
+        if args.image is not None and generator.model.image_input is None:
+            raise UserError(f"--image {args.image}: {args.model} is a text-to-video model; leave out --image")
+        prompts = encode_together(generator.encoders, read_prompts(args.prompts, args.image), device, "--prompts")
+        takes = takes_of(prompts.captions, seeds)
         write_videos(
             generator,
             prompts,

@@ -143,6 +143,11 @@ class Autoencoder:
                 )
         return (self._channels, (num_frames - 1) // temporal + 1, height // spatial, width // spatial)
 
+    def video_size(self, latent_shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+        """Frames, height and width of the video whose latents have this shape."""
+        (temporal, spatial), (_, frames, height, width) = self._stride, latent_shape
+        return (frames - 1) * temporal + 1, height * spatial, width * spatial
+
     @torch.no_grad()
     def encode(self, rgb: Tensor) -> Tensor:
         """Pictures uint8 `[F, H, W, 3]` -> latents float32 `[C, F', H', W']` on the CPU.

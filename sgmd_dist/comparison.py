@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sgmd_dist.assemble import Which
 from sgmd_dist.evaluation import Scores, score
+from sgmd_dist.prompts import Prompt, encode_together, encoders_of
 from sgmd_dist.protocol import Protocol
 from sgmd_dist.rollout import Network
-from sgmd_dist.sampling import Prompts, Source, encode_prompts
+from sgmd_dist.sampling import Source
 from sgmd_dist.shares import Clock, Settings, gathered, sample_batches, shared_batches
 
 COLUMNS = ("before", "after", "teacher")
@@ -87,6 +88,7 @@ def side_by_side(
 def compare(
     source: Source,
     protocol: Protocol,
+    prompts: Sequence[Prompt],
     which: Which,
     device: torch.device,
     *,
@@ -98,19 +100,20 @@ def compare(
     reference is the guided teacher from other noise. Collective; each rank holds one whole network at a time.
 
     Args:
+        prompts: of the protocol; those of the main rank count.
         real: videos `[M, C, F, H, W]` for the main rank, or None.
     """
-    encoded = encode_prompts(source.recipe, protocol.prompts)
-    prompts = Prompts(protocol.captions, encoded.embeds.repeat(protocol.repeats, 1, 1), encoded.negative)
+    encoded = encode_together(encoders_of(source.recipe, source.model), prompts, device, "--prompts")
+    repeated = encoded.repeated(protocol.repeats)
     shift, seed = protocol.sigma_shift, protocol.sample_seed
     few = Settings(protocol.student_steps, shift, seed)
     many = Settings(protocol.teacher_steps, shift, seed, protocol.guidance_scale)
     reference_settings = Settings(protocol.teacher_steps, shift, protocol.reference_seed, protocol.guidance_scale)
 
     def sampled(network: Network, settings: Settings) -> tuple[Tensor, tuple[float, float]]:
-        count, clock = len(prompts.captions), Clock()
+        count, clock = len(repeated.captions), Clock()
         batches = shared_batches(count, batch_size)
-        parts = sample_batches(network, prompts, protocol.latent_shape, batches, settings, device, clock)
+        parts = sample_batches(network, repeated, protocol.latent_shape, batches, settings, device, clock)
         return gathered(parts, count, protocol.latent_shape), clock.per_video()
 
     teacher = source.teacher(device)

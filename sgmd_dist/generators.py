@@ -22,10 +22,11 @@ from sgmd_dist.data.sources import TEXT_PARTS, latent_shape_of
 from sgmd_dist.decode import decoder
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape, VideoModel
+from sgmd_dist.prompts import Encoders, ImageSource, Prompts
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.rollout import Network
-from sgmd_dist.sampling import Prompts, check_takes_prompts, few_steps_of, open_source, sample_video
+from sgmd_dist.sampling import few_steps_of, open_source, sample_video
 from sgmd_dist.video_folder import Take, sheet_of, tile_of, write_index, write_sheet, write_take
 
 PIPELINE_INDEX = "model_index.json"
@@ -68,7 +69,7 @@ class Generator:
         sigmas: of the Euler chain, descending, the last one 0.
         shift: the time shift that made them, None where a scheduler did.
         text_encoder: a diffusers folder with one, and with its tokenizer.
-        decoder: a diffusers folder that may have a VAE, or None.
+        decoder: a diffusers folder with a VAE, and an image encoder where the model takes its embeddings; or None.
     """
 
     path: Path
@@ -81,6 +82,12 @@ class Generator:
     text_encoder: Path
     text_tokens: int
     decoder: Path | None
+
+    @property
+    def encoders(self) -> Encoders:
+        """What encodes prompts for the network."""
+        image = None if self.decoder is None else ImageSource(self.decoder, self.latent_shape)
+        return Encoders(self.model, self.text_encoder, self.text_tokens, image)
 
 
 def open_generator(path: Path, options: Options) -> Generator:
@@ -127,7 +134,6 @@ def _of_checkpoint(path: Path, options: Options) -> Generator:
     source = open_source(path)
     recipe, model = source.recipe, source.model
     _check_family(path, recipe, options)
-    check_takes_prompts(model, str(source.checkpoint))
     num_steps, shift = options.num_steps, options.shift
     if num_steps is None or shift is None:
         trained = source.few_steps
@@ -161,7 +167,6 @@ def _of_folder(path: Path, options: Options) -> Generator:
             " the run with --pipeline, or sample the run"
         )
     model = registry.load(registry.MODELS, section.family).build(section, str(path), "MODEL")
-    check_takes_prompts(model, str(path))
     folders = _parts_folders(path, recipe, options)
     return Generator(
         path,
@@ -322,6 +327,7 @@ def write_videos(
         "shift": generator.shift,
         "sigmas": generator.sigmas,
         "guidance_scale": guidance_scale,
+        **prompts.facts,
     }
     write_index(folder, takes, [ending], facts)
     if sheet is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sgmd_dist.data.encode import NEGATIVE_PROMPT
 from sgmd_dist.data.sources import TEXT_PARTS
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
+from sgmd_dist.prompts import Prompt, digest_of_image
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.sampling import Source
 
@@ -41,6 +42,7 @@ class Protocol:
         teacher, text_encoder: digests of their files (`data.digest.content_digest`).
         reference_seed: of the teacher's videos that all are held against. sample_seed: of the videos that are scored.
         real: fingerprint of the shards with real videos, None without. num_real: how many of them, the first.
+        images: sha256 of the picture that each prompt of an image-to-video model begins with; None of another model.
         version: of the scores' definitions.
     """
 
@@ -58,6 +60,7 @@ class Protocol:
     sample_seed: int = SAMPLE_SEED
     real: str | None = None
     num_real: int = 0
+    images: list[str] | None = None
     version: int = VERSION
 
     @property
@@ -122,7 +125,7 @@ def digest_of_text_encoder(recipe: Recipe) -> str:
 
 def protocol_of(
     source: Source,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     repeats: int,
     latent_shape: LatentShape,
     teacher_steps: int,
@@ -137,7 +140,7 @@ def protocol_of(
     student_steps, sigma_shift = source.few_steps
     objective: Any = source.recipe.objective  # a distillation's, as it has few steps
     return Protocol(
-        prompts=prompts,
+        prompts=[prompt.caption for prompt in prompts],
         repeats=repeats,
         latent_shape=latent_shape,
         teacher_steps=teacher_steps,
@@ -149,6 +152,7 @@ def protocol_of(
         text_encoder=digest_of_text_encoder(source.recipe),
         real=real,
         num_real=num_real,
+        images=None if source.model.image_input is None else [digest_of_image(prompt) for prompt in prompts],
     )
 
 

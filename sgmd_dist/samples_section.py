@@ -13,14 +13,17 @@ from sgmd_dist.section import Section, wrong
 class SamplesSection(Section):
     """Videos of fixed prompts and seeds while training, in `run.dir`/samples: at the start, every `every` steps and at
     the end, by the generator's few steps, and by those of its moving average (`ema`). `prompts`: a file with one
-    caption per line, or a list of captions. `teacher` adds, once, the guided teacher's in `teacher_steps`.
+    caption per line, a .jsonl file of captions with images, or a list of captions. `teacher` adds, once, the guided
+    teacher's in `teacher_steps`.
 
     seeds: of the noise; each prompt is sampled with each.
     formats, frames_per_second: of the files.
     """
 
     every: int = Field(default=250, ge=1)
-    prompts: str | list[str] = Field(description="a file with one caption per line, or a list of captions")
+    prompts: str | list[str] = Field(
+        description="a file with one caption per line or, .jsonl, with images, or a list of captions"
+    )
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
         default=[0], min_length=1, description="a list of integers >= 0, as in [0, 1]"
     )

@@ -16,8 +16,8 @@ from torch import Tensor
 from sgmd_dist import rng
 from sgmd_dist.conditions import Condition
 from sgmd_dist.models.base import LatentShape
+from sgmd_dist.prompts import Prompts
 from sgmd_dist.rollout import Network, guided, sample
-from sgmd_dist.sampling import Prompts
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,10 @@ def sample_batches(
 
     negative = prompts.negative.to(device)
     for numbers in batches:
-        embeds = prompts.embeds[numbers.start : numbers.stop].to(device)
         noise = torch.stack([rng.normal(latent_shape, settings.seed, "sample", i) for i in numbers]).to(device)
         _wait_for(device)
         start = time.perf_counter()
-        velocity = guided(counted, embeds, negative, settings.guidance_scale)
+        velocity = guided(counted, prompts.condition(numbers, device), negative, settings.guidance_scale)
         latents = sample(velocity, noise, settings.num_steps, settings.shift)
         _wait_for(device)
         clock.seconds.append(time.perf_counter() - start)

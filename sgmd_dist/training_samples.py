@@ -24,16 +24,18 @@ from torch import Tensor
 from sgmd_dist import flow
 from sgmd_dist.assemble import build_architecture, build_model
 from sgmd_dist.checkpoint import together
-from sgmd_dist.data.sources import captions_in, latent_shape_of, text_encoder_folder
+from sgmd_dist.conditions import Condition
+from sgmd_dist.data.sources import latent_shape_of, text_encoder_folder
 from sgmd_dist.decode import decoder
 from sgmd_dist.errors import UserError, describe
 from sgmd_dist.health import few_step_chain
 from sgmd_dist.parallel.mesh import Mesh
+from sgmd_dist.prompts import Prompt, check_prompts, encode_together, encoders_of, prompts_in
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.roles import Roles
 from sgmd_dist.rollout import guided, sample
 from sgmd_dist.samples_section import SamplesSection
-from sgmd_dist.sampling import check_takes_prompts, encode_together, noise_of
+from sgmd_dist.sampling import noise_of
 from sgmd_dist.video_folder import (
     INDEX,
     Take,
@@ -48,31 +50,33 @@ from sgmd_dist.video_folder import (
 FOLDER = "samples"
 GENERATOR, AVERAGE = "generator", "generator.ema"
 TEACHER = "teacher"
-Guided = Callable[[Tensor], flow.Velocity]  # of prompt embeddings [B, T, D]
+_KEY = "samples.prompts"
+Guided = Callable[[Condition], flow.Velocity]
 
 
 def check(recipe: Recipe) -> None:
     """Refuse samples that cannot be taken.
 
     Raises:
-        UserError: the objective trains no few-step generator, the model takes more than prompts, or prompts or text
-            encoder are not there.
+        UserError: the objective trains no few-step generator, or prompts, their images or the text encoder are not
+            there.
     """
     if recipe.samples is not None:
         few_step_chain(recipe, "samples")
-        check_takes_prompts(build_architecture(recipe, "generator"), "samples.prompts")
-        text_encoder_folder(recipe, "samples.prompts")
-        captions_of(recipe.samples)
+        text_encoder_folder(recipe, _KEY)
+        check_prompts(prompts_of(recipe.samples), build_architecture(recipe, "generator"), _KEY)
 
 
-def captions_of(section: SamplesSection) -> list[str]:
-    """The captions of `samples.prompts`.
+def prompts_of(section: SamplesSection) -> list[Prompt]:
+    """The prompts of `samples.prompts`.
 
     Raises:
         UserError: the file is missing, unreadable or empty.
     """
     prompts = section.prompts
-    return captions_in(prompts, f"samples.prompts = '{prompts}'") if isinstance(prompts, str) else prompts
+    if isinstance(prompts, str):
+        return prompts_in(prompts, f"{_KEY} = '{prompts}'")
+    return [Prompt(caption) for caption in prompts]
 
 
 class TrainingSamples:
@@ -81,12 +85,11 @@ class TrainingSamples:
     def __init__(self, section: SamplesSection, recipe: Recipe, mesh: Mesh, roles: Roles) -> None:
         self._section, self._recipe, self._mesh, self._roles = section, recipe, mesh, roles
         self._chain = few_step_chain(recipe, "samples")
-        found = together(lambda: captions_of(section) if mesh.is_main else [])  # a node's own file may be another
-        captions, model = found[0], build_model(recipe, "generator")
-        folder = text_encoder_folder(recipe, "samples.prompts")
-        self._prompts = encode_together(folder, model, recipe.model.text_tokens, captions)
+        found = together(lambda: prompts_of(section) if mesh.is_main else [])  # a node's own file may be another
+        prompts, model = found[0], build_model(recipe, "generator")
+        self._prompts = encode_together(encoders_of(recipe, model), prompts, mesh.device, _KEY)
         self._latent_shape = latent_shape_of(recipe, model)
-        self._takes = takes_of(captions, section.seeds)
+        self._takes = takes_of(self._prompts.captions, section.seeds)
         self._waits_for_teacher = section.teacher
 
     def is_due(self, step: int) -> bool:
@@ -121,7 +124,7 @@ class TrainingSamples:
     def _generator(self, step: int, which: str) -> bytes | None:
         network, negative = self._roles["generator"].run, self._prompts.negative
         facts = self._facts(step, which)
-        latents = self.latents(lambda embeds: guided(network, embeds, negative, 1.0), facts)
+        latents = self.latents(lambda condition: guided(network, condition, negative, 1.0), facts)
         return self._write(self._place(step) / which, facts, latents)
 
     def _facts(self, step: int, which: str) -> dict[str, Any]:
@@ -133,6 +136,7 @@ class TrainingSamples:
             "steps": self._chain.student_steps,
             "shift": self._chain.sigma_shift,
             "guidance_scale": 1.0,
+            **self._prompts.facts,
         }
 
     def _teacher(self) -> dict[str, bytes | None]:
@@ -144,6 +148,7 @@ class TrainingSamples:
             "steps": self._section.teacher_steps,
             "shift": self._chain.sigma_shift,
             "guidance_scale": self._chain.guidance_scale.at(self._recipe.run.steps),
+            **self._prompts.facts,
         }
         kept = [_holds(folder, self._takes, facts) if self._mesh.is_main else False]
         dist.broadcast_object_list(kept)
@@ -152,7 +157,7 @@ class TrainingSamples:
         logger.info("sampling the teacher, once")
         negative, scale = self._prompts.negative.to(self._mesh.device), facts["guidance_scale"]
         mode = self._chain.guidance
-        latents = self.latents(lambda embeds: guided(network, embeds, negative, scale, mode), facts)
+        latents = self.latents(lambda condition: guided(network, condition, negative, scale, mode), facts)
         return {TEACHER: self._write(folder, facts, latents)}
 
     def latents(self, velocity_of: Guided, facts: Mapping[str, Any]) -> dict[Take, Tensor]:
@@ -166,8 +171,8 @@ class TrainingSamples:
             places = range(first + mesh.dp_rank * micro, first + (mesh.dp_rank + 1) * micro)
             takes = [self._takes[min(place, last)] for place in places]
             noise = torch.stack([noise_of(self._latent_shape, take.seed, take.number) for take in takes])
-            embeds = self._prompts.embeds[[take.number for take in takes]].to(mesh.device)
-            videos = sample(velocity_of(embeds), noise.to(mesh.device), facts["steps"], facts["shift"]).cpu()
+            condition = self._prompts.condition([take.number for take in takes], mesh.device)
+            videos = sample(velocity_of(condition), noise.to(mesh.device), facts["steps"], facts["shift"]).cpu()
             found |= {take: video for place, take, video in zip(places, takes, videos, strict=True) if place <= last}
         return found
 

@@ -33,8 +33,9 @@ from sgmd_dist.decode import decoder, write_video
 from sgmd_dist.durable import check_writable, write_durably
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
+from sgmd_dist.prompts import Prompt, encode, encoders_of
 from sgmd_dist.protocol import PROTOCOL_FILE, SAMPLE_SEED, Evaluated
-from sgmd_dist.sampling import Prompts, Source, encode_prompts
+from sgmd_dist.sampling import Source
 from sgmd_dist.shares import Clock, Settings, sample_batches, shared_batches
 
 # What VBench scores without more facts about a prompt than its words.
@@ -91,9 +92,9 @@ def make_videos(
     folder: Path, videos: Videos, which: Which, source: Source, device: torch.device, batch_size: int
 ) -> int:
     """Sample what `folder`, made by `prepare`, lacks of this rank's share; returns how many videos that was."""
-    encoded = encode_prompts(source.recipe, videos.prompts)
-    captions = videos.prompts * videos.per_prompt
-    prompts = Prompts(captions, encoded.embeds.repeat(videos.per_prompt, 1, 1), encoded.negative)
+    encoders = encoders_of(source.recipe, source.model)
+    encoded = encode(encoders, [Prompt(prompt) for prompt in videos.prompts], device, "--vbench")
+    prompts = encoded.repeated(videos.per_prompt)
     into, names = folder / "videos", videos.names
     batches = [
         batch

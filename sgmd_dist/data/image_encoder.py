@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sgmd_dist.errors import UserError
+from sgmd_dist.models.base import ImageInput
 
 IMAGE_PARTS = ("image_encoder", "image_processor")
 
@@ -47,6 +48,23 @@ class ImageEncoder:
                 " needs both; download the folder again"
             ) from error
         return cls(encoder.to(device), processor)
+
+    @classmethod
+    def of_input(cls, folder: Path, image: ImageInput, device: torch.device | str = "cpu") -> ImageEncoder | None:
+        """The folder's, for a network that takes `image`; None for one that takes no embeddings.
+
+        Raises:
+            UserError: see `load`; or it is another network's.
+        """
+        if not image.embed_dim:
+            return None
+        encoder = cls.load(folder, device)
+        if encoder.width != image.embed_dim:
+            raise UserError(
+                f"{folder / 'image_encoder'}: makes embeddings of {encoder.width} numbers, the transformer takes"
+                f" {image.embed_dim}; download the folder again"
+            )
+        return encoder
 
     @property
     def width(self) -> int:

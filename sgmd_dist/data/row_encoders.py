@@ -101,7 +101,7 @@ class VideoRows:
             negative_prompt=negative_prompt,
             captions_at_once=captions_at_once,
             with_images=image is not None,
-            image_encoder=_image_encoder(pretrained, image, device) if image is not None else None,
+            image_encoder=ImageEncoder.of_input(pretrained, image, device) if image is not None else None,
         )
 
     def negative_embeds(self) -> Tensor:
@@ -224,18 +224,6 @@ def _check_transformer(pretrained: Path, latent_shapes: dict[Bucket, LatentShape
                 f" channels and frames, height, width in multiples of {tuple(patch)}; choose other sizes"
             )
     return model.image_input
-
-
-def _image_encoder(pretrained: Path, image: ImageInput, device: torch.device | str) -> ImageEncoder | None:
-    if not image.embed_dim:
-        return None
-    encoder = ImageEncoder.load(pretrained, device)
-    if encoder.width != image.embed_dim:
-        raise UserError(
-            f"{pretrained / 'image_encoder'}: makes embeddings of {encoder.width} numbers, the transformer takes"
-            f" {image.embed_dim}; download the folder again"
-        )
-    return encoder
 
 
 def image_settings(pretrained: Path) -> dict[str, Any]:

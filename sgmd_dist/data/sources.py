@@ -159,14 +159,12 @@ def _materialize(source: str, recipe: Recipe, model: VideoModel) -> Path | str:
     return aside.rename(folder)
 
 
-def captions_of(recipe: Recipe, file: Path | None = None) -> list[str]:
-    """The captions of `file`, or of the world or prompts file that `data.shards` names.
+def captions_of(recipe: Recipe) -> list[str]:
+    """The captions of the world or prompts file that `data.shards` names.
 
     Raises:
         UserError: neither is there.
     """
-    if file is not None:
-        return captions_in(str(file), f"--prompts {file}")
     source = shard_list(recipe.data.shards)[0]
     if source.startswith(WORLD):
         return _world(source).captions()

@@ -69,7 +69,7 @@ def network_inputs(image_input: ImageInput | None, latents: Tensor, condition: C
         lacking = "image" if not isinstance(condition, TextAndImage) else "embeddings of the image"
         raise UserError(
             f"model: this is an image-to-video model, and there is no {lacking} to begin with; training takes it from"
-            " shards of launch/prepare.py videos, an exported pipeline from its caller"
+            " shards of launch/prepare.py videos, samples from prompts with images"
         )
     mask = latents.new_zeros(len(latents), MASK_CHANNELS, *latents.shape[2:])
     mask[:, :, 0] = 1

@@ -17,7 +17,8 @@ from running import train
 
 from sgmd_dist.decode import latents_as_rgb
 from sgmd_dist.generators import Options, open_generator
-from sgmd_dist.sampling import Prompts, encode_prompts, open_source, read_captions, sample_video, sample_videos
+from sgmd_dist.prompts import Prompt, Prompts, encode
+from sgmd_dist.sampling import open_source, sample_video, sample_videos
 
 CAPTIONS = ["a red ball moving left", "a blue bar moving up", "a green ball moving right"]
 WORDS = " ".join(f"'{caption}'" for caption in CAPTIONS)
@@ -37,7 +38,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, write_recipe) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts(run_dir: Path) -> Prompts:
-    return encode_prompts(open_source(run_dir).recipe, CAPTIONS)
+    return encode(open_generator(run_dir, Options()).encoders, [Prompt(caption) for caption in CAPTIONS], "cpu", "")
 
 
 def sample(model: Path, out: Path, words: str = "", program: str = "python") -> Done:
@@ -147,6 +148,7 @@ def test_what_cannot_be_sampled_is_refused(run_dir: Path, tmp_path: Path) -> Non
         (tmp_path, "", "expected a checkpoint"),
         (run_dir, f"--pretrained {tmp_path}", f"--pretrained {tmp_path}: expected a diffusers folder with text_encoder"),
         (run_dir, "--recipe recipes/tiny_sgmd.yaml", "has the recipe of its training; leave out --recipe"),
+        (run_dir, "--image a.png", "is a text-to-video model; leave out --image"),
         (run_dir, "--family ltx", "says model.family = wan; leave out"),
         (run_dir / "pipeline", "--family ltx", "says model.family = wan; leave out"),
         (run_dir, "--size 3x7x8", "--size 3x7x8: data.video.height = 7: expected"),
@@ -154,9 +156,3 @@ def test_what_cannot_be_sampled_is_refused(run_dir: Path, tmp_path: Path) -> Non
     ):
         done = sample(model, tmp_path / "out", words)
         assert done.code == 2 and len(done.errors()) == 1 and message in done.errors()[0], done.output
-
-
-def test_captions_are_files_only_where_there_are_such(tmp_path: Path) -> None:
-    (tmp_path / "two").write_text("a\n\nb\n")
-    long = "球" * 200  # fewer characters than a file's name may have bytes, in more bytes
-    assert read_captions([str(tmp_path / "two"), long, "a/b", "x" * 300]) == ["a", "b", long, "a/b", "x" * 300]

@@ -23,7 +23,8 @@ from sgmd_dist import trainer, training_samples
 from sgmd_dist.errors import EXIT_PREEMPTED
 from sgmd_dist.parallel.mesh import build_mesh, process_group
 from sgmd_dist.recipe_file import load_recipe
-from sgmd_dist.sampling import encode_prompts, open_source, sample_videos
+from sgmd_dist.prompts import Prompt, Prompts, encode, encoders_of
+from sgmd_dist.sampling import Source, open_source, sample_videos
 from sgmd_dist.training_samples import Guided, TrainingSamples
 from sgmd_dist.video_folder import Take
 
@@ -68,6 +69,10 @@ def latents_of(recipe_path: Path) -> dict[str, Tensor]:
     return {str(path.relative_to(folder)): torch.load(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def encoded(source: Source) -> Prompts:
+    return encode(encoders_of(source.recipe, source.model), [Prompt(caption) for caption in CAPTIONS], "cpu", "")
+
+
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory, write_recipe) -> tuple[Path, State]:
     """A recipe, and the state after it was trained and sampled on one rank."""
@@ -97,7 +102,7 @@ def test_each_prompt_and_seed_is_a_video_at_the_start_every_few_steps_and_at_the
 @pytest.mark.parametrize("which", ["generator", "generator.ema"])
 def test_they_are_those_of_the_step_s_checkpoint(sampled: tuple[Path, State], which: Any) -> None:
     source, device = open_source(run_dir(sampled[0]) / "checkpoints/step-00000002"), torch.device("cpu")
-    prompts = encode_prompts(source.recipe, CAPTIONS)
+    prompts = encoded(source)
     found = latents_of(sampled[0])
     videos = sample_videos(
         source.network(which, device), prompts, (3, 3, 8, 8), num_steps=4, shift=5.0, seed=SEED, batch_size=1
@@ -109,10 +114,9 @@ def test_they_are_those_of_the_step_s_checkpoint(sampled: tuple[Path, State], wh
 
 
 def test_the_teacher_s_are_guided(sampled: tuple[Path, State]) -> None:
-    recipe = load_recipe(sampled[0])
     source = open_source(run_dir(sampled[0]))
     videos = sample_videos(
-        source.teacher(torch.device("cpu")), encode_prompts(recipe, CAPTIONS), (3, 3, 8, 8), num_steps=2, shift=5.0,
+        source.teacher(torch.device("cpu")), encoded(source), (3, 3, 8, 8), num_steps=2, shift=5.0,
         seed=7, guidance_scale=3.0,
     )  # fmt: skip
     assert (latents_of(sampled[0])["teacher/0001-seed-7"] - videos[1]).abs().max() < 1e-5
@@ -215,7 +219,7 @@ def test_training_goes_on_where_one_rank_cannot_decode_its_videos(recipe_path: P
 def sample_until_stopped(recipe_path: Path) -> None:
     """On rank 1 the prompts' file is another."""
     if os.environ["RANK"] == "1":
-        training_samples.captions_of = lambda section: ["a square"] * 9
+        training_samples.prompts_of = lambda section: [Prompt("a square")] * 9
     train_until_stopped(recipe_path, SAMPLE)
 
 

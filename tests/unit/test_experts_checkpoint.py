@@ -13,11 +13,12 @@ from sgmd_dist.assemble import build_networks, load_weights
 from sgmd_dist.export import export_diffusers
 from sgmd_dist.layout import Layout
 from sgmd_dist.parallel.mesh import build_mesh
+from sgmd_dist.prompts import Prompts
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.recipe_file import dump_recipe
 from sgmd_dist.roles import build_roles
 from sgmd_dist.rollout import Network
-from sgmd_dist.sampling import Prompts, Source, open_source, sample_videos
+from sgmd_dist.sampling import Source, open_source, sample_videos
 
 CPU = torch.device("cpu")
 BOUNDARY = "model.boundary_ratio=0.875"

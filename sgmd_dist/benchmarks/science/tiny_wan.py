@@ -27,8 +27,9 @@ from sgmd_dist.errors import UserError
 from sgmd_dist.models import wan
 from sgmd_dist.models.base import LatentShape, RunnableModel, VideoModel
 from sgmd_dist.motion import jitter, latent_motion, place, speed
+from sgmd_dist.prompts import Prompts
 from sgmd_dist.rng import SampleId
-from sgmd_dist.sampling import Prompts, sample_videos
+from sgmd_dist.sampling import sample_videos
 
 FOLDER = Path("recipes/tiny_wan")
 CACHE = Path("runs/science")

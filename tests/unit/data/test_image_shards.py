@@ -35,7 +35,6 @@ from sgmd_dist.models._wan_image import network_inputs
 from sgmd_dist.models.wan import Section, build
 from sgmd_dist.pairs import Chain, make_pairs
 from sgmd_dist.recipe import Recipe
-from sgmd_dist.sampling import encode_prompts
 
 FPS = Fraction(16)
 BUCKETS = parse_buckets("9x32x48")
@@ -200,8 +199,6 @@ def test_what_takes_text_alone_refuses_the_model(
     image_pipeline: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(f"model.pretrained={image_pipeline}", "model.config=null")
-    with pytest.raises(UserError, match="prompts alone say nothing of the image"):
-        encode_prompts(recipe, ["a red ball"])
     with pytest.raises(UserError, match=r"needs images beside captions; make its shards with launch/prepare.py videos"):
         transformer_latents(image_pipeline, BUCKETS[0], "--video 9 32 48")
     mesh: Any = None  # refused before ranks meet

@@ -271,17 +271,9 @@ def test_an_empty_folder_holds_no_shards(tiny_recipe: MakeRecipe) -> None:
 # Captions for sampling and scores
 
 
-def test_captions_are_the_worlds_the_recipes_or_those_of_a_file(tiny_recipe: MakeRecipe, prompts: Path) -> None:
+def test_captions_are_the_world_s_or_the_recipe_s(tiny_recipe: MakeRecipe, prompts: Path) -> None:
     assert captions_of(tiny_recipe()) == World().captions()
-    recipe = tiny_recipe("data.shards='prompts:prompts.txt'")
-    assert captions_of(recipe) == ["a red ball", "a blue bar"]
-    Path("other.txt").write_text("\ufeffone\r\ntwo", encoding="utf-8")
-    assert captions_of(recipe, Path("other.txt")) == ["one", "two"]
-
-
-def test_a_missing_file_of_captions_is_named_as_the_user_gave_it(tiny_recipe: MakeRecipe) -> None:
-    with pytest.raises(UserError, match=r"^--prompts nowhere\.txt: no such file"):
-        captions_of(tiny_recipe(), Path("nowhere.txt"))
+    assert captions_of(tiny_recipe("data.shards='prompts:prompts.txt'")) == ["a red ball", "a blue bar"]
 
 
 def test_shards_without_a_caption_list_ask_for_a_file(tiny_recipe: MakeRecipe) -> None:

@@ -21,8 +21,8 @@ from sgmd_dist.models._wan_experts import FOLDERS, WanExperts
 from sgmd_dist.models.base import ImageInput
 from sgmd_dist.models.wan import Section, Wan, build
 from sgmd_dist.parallel.sequence import SequenceAxis
+from sgmd_dist.prompts import Prompt, check_prompts
 from sgmd_dist.rollout import guided
-from sgmd_dist.sampling import check_takes_prompts
 
 KEY = "model.pretrained"
 SHAPE = (4, 3, 4, 6)  # latents
@@ -135,9 +135,9 @@ def test_without_an_image_there_is_a_message(kind: str, module: WanTransformer3D
             model.velocity(module, x, SIGMA, TextAndImage(given.text, given.latents))
 
 
-def test_what_has_prompts_alone_refuses_the_model(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"samples\.prompts: this is an image-to-video model, and prompts alone"):
-        check_takes_prompts(model_in(folder), "samples.prompts")
+def test_prompts_without_images_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"samples\.prompts: this is an image-to-video model, and 'a ball' has no"):
+        check_prompts([Prompt("a ball")], model_in(folder), "samples.prompts")
 
 
 def test_a_text_of_another_length_than_diffusers_splits_at_is_refused(folder: Path, kind: str) -> None:
