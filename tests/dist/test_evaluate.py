@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import av
 import pytest
+import torch
 from commands import Done, run_forked
 from PIL import Image
 from ranks import run_ranks
 from running import train
+
+from sgmd_dist.evaluation import score
+from sgmd_dist.prompts import Prompt, encode, encoders_of
+from sgmd_dist.sampling import open_source, sample_videos
 
 NUM_BLOCKS = 1  # of the network: the run around it is what is tested
 PROMPTS = ("a red ball moving left", "a blue bar / moving up", "a green pillar moving down")
@@ -55,6 +61,20 @@ def test_it_leaves_scores_protocol_pictures_and_report(alone: Done, folder: Path
     page = (folder / "alone/report.html").read_text()
     assert page.count("<video") == len(PROMPTS) and "a blue bar / moving up" in page
     assert page.count("<svg") >= 4, "curves of the run"
+
+
+def test_scores_are_of_every_repeat_of_every_prompt(alone: Done, folder: Path) -> None:
+    """Of videos that are sampled in one batch here."""
+    source, cpu = open_source(folder / "run"), torch.device("cpu")
+    encoded = encode(encoders_of(source.recipe, source.model), [Prompt(caption) for caption in PROMPTS], cpu, "")
+    sample = partial(sample_videos, prompts=encoded.repeated(2), latent_shape=(3, 3, 8, 8), shift=5.0)
+    reference = sample(source.teacher(cpu), num_steps=3, seed=1, guidance_scale=3.0)
+    teacher = sample(source.teacher(cpu), num_steps=3, seed=2, guidance_scale=3.0)
+    after = sample(source.network("generator", cpu), num_steps=4, seed=2)
+    found = read(folder, "alone/scores.json")
+    for name, videos in (("teacher", teacher), ("after", after)):
+        expected = score(videos, reference).as_dict()
+        assert {key: found[name][key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_the_protocol_says_what_was_measured_and_of_what(alone: Done, folder: Path) -> None:
