@@ -122,6 +122,23 @@ class Timer:
         return self._start.elapsed_time(self._stop) / 1000
 
 
+class _Bar(tqdm):
+    """A progress bar that ends where stderr takes no more, as on a full disk; tqdm's own ends the training."""
+
+    def display(self, *args: Any, **kwargs: Any) -> None:
+        self._unless_lost(lambda: super(_Bar, self).display(*args, **kwargs))
+
+    def close(self) -> None:
+        self._unless_lost(super().close)
+
+    def _unless_lost(self, show: Callable[[], object]) -> None:
+        try:
+            show()
+        except OSError as error:
+            self.disable = True
+            logger.error("the progress bar is not shown any more ({}); {}", error, _MAKE_ROOM)
+
+
 class RunLog(AbstractContextManager["RunLog"]):
     """Where the main rank writes: metrics.jsonl, TensorBoard, W&B and a progress bar. Other ranks write nothing.
 
@@ -144,7 +161,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._writer: SummaryWriter | None = None
         if is_main and tensorboard:
             self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        self._bar = tqdm(
+        self._bar = _Bar(
             total=num_steps, initial=first_step, unit="step", disable=not is_main, dynamic_ncols=True, mininterval=1.0
         )
         if is_main:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,6 +168,19 @@ def a_disk_with_room_for(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_under_the_terminal_s_log_costs_the_bar_and_not_the_run(
+    tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115  # its close raises too
+    monkeypatch.setattr(sys, "stderr", full)
+    write_steps(tmp_path, [1, 2])
+    assert steps_in(tmp_path) == [1, 2]
+    [line] = logged
+    assert "the progress bar is not shown any more ([Errno 28]" in line
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
 
 
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, logged: list[str]) -> None:
