@@ -126,7 +126,7 @@ def _make_vbench(args: argparse.Namespace, device: torch.device) -> bool:
             f"--vbench {args.vbench}: VBench's videos are of captions alone, and {source.checkpoint} is of an"
             " image-to-video model; score it without --vbench"
         )
-    prompts, shape = prompts_of(source.recipe, args.prompts), latent_shape_of(source.recipe, source.model)
+    prompts, shape = prompts_of(source.recipe, source.model, args.prompts), latent_shape_of(source.recipe, source.model)
     videos = vbench.Videos([prompt.caption for prompt in prompts], args.vbench_videos, shape, *source.few_steps)
     evaluated = evaluated_of(source, which, device, num_ranks, args.batch_size)
     together(lambda: vbench.prepare(args.vbench, videos, evaluated) if is_main else None)
@@ -171,7 +171,7 @@ def _protocol(
     from sgmd_dist.prompts import check_prompts, prompts_of
     from sgmd_dist.protocol import check_agreement, protocol_of
 
-    prompts = prompts_of(source.recipe, args.prompts)
+    prompts = prompts_of(source.recipe, source.model, args.prompts)
     check_prompts(prompts, source.model, "--prompts")
     protocol = protocol_of(
         source,

@@ -63,7 +63,9 @@ def main() -> None:
         generator = open_generator(args.model, options)
         if args.image is not None and generator.model.image_input is None:
             raise UserError(f"--image {args.image}: {args.model} is a text-to-video model; leave out --image")
-        prompts = encode_together(generator.encoders, read_prompts(args.prompts, args.image), device, "--prompts")
+        prompts = encode_together(
+            generator.encoders, lambda: read_prompts(args.prompts, args.image), device, "--prompts"
+        )
         takes = takes_of(prompts.captions, seeds)
         write_videos(
             generator,

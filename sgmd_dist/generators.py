@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sgmd_dist import checkpoint, flow, registry
 from sgmd_dist.assemble import Which, load_network
+from sgmd_dist.data.image_encoder import IMAGE_PARTS
 from sgmd_dist.data.sources import TEXT_PARTS, latent_shape_of
 from sgmd_dist.decode import decoder
 from sgmd_dist.errors import UserError
@@ -69,7 +70,8 @@ class Generator:
         sigmas: of the Euler chain, descending, the last one 0.
         shift: the time shift that made them, None where a scheduler did.
         text_encoder: a diffusers folder with one, and with its tokenizer.
-        decoder: a diffusers folder with a VAE, and an image encoder where the model takes its embeddings; or None.
+        decoder: a diffusers folder that may have a VAE, or None.
+        image_encoder: the same with an image encoder.
     """
 
     path: Path
@@ -82,11 +84,14 @@ class Generator:
     text_encoder: Path
     text_tokens: int
     decoder: Path | None
+    image_encoder: Path | None
 
     @property
     def encoders(self) -> Encoders:
         """What encodes prompts for the network."""
-        image = None if self.decoder is None else ImageSource(self.decoder, self.latent_shape)
+        image = None
+        if self.decoder is not None:
+            image = ImageSource(self.decoder, self.image_encoder or self.decoder, self.latent_shape)
         return Encoders(self.model, self.text_encoder, self.text_tokens, image)
 
 
@@ -148,7 +153,8 @@ def _of_checkpoint(path: Path, options: Options) -> Generator:
         _latent_shape(source.checkpoint, recipe, model, options),
         _text_encoder(source.checkpoint, _parts_folders(None, recipe, options)),
         recipe.model.text_tokens,
-        _decoder(_parts_folders(None, recipe, options)),
+        _having("vae", _parts_folders(None, recipe, options)),
+        _having(IMAGE_PARTS[0], _parts_folders(None, recipe, options)),
     )
 
 
@@ -177,7 +183,8 @@ def _of_folder(path: Path, options: Options) -> Generator:
         _latent_shape(path, recipe, model, options),
         _text_encoder(path, folders),
         section.text_tokens,
-        _decoder(folders),
+        _having("vae", folders),
+        _having(IMAGE_PARTS[0], folders),
     )
 
 
@@ -211,8 +218,8 @@ def _text_encoder(path: Path, folders: list[Path]) -> Path:
     )
 
 
-def _decoder(folders: list[Path]) -> Path | None:
-    return next((folder for folder in folders if (folder / "vae").is_dir()), None)
+def _having(part: str, folders: list[Path]) -> Path | None:
+    return next((folder for folder in folders if (folder / part).is_dir()), None)
 
 
 def _latent_shape(path: Path, recipe: Recipe | None, model: VideoModel, options: Options) -> LatentShape:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from sgmd_dist import flow
 from sgmd_dist.card import Origin, card, sigmas
+from sgmd_dist.data.image_encoder import IMAGE_PARTS
 from sgmd_dist.errors import UserError
 from sgmd_dist.export import AS_TRAINED, Form, cast_to, write_verified
 from sgmd_dist.models.base import VideoModel
 
 INDEX = "model_index.json"
 PARTS = ("vae", "text_encoder", "tokenizer")
-IMAGE_PARTS = ("image_encoder", "image_processor")  # of image-to-video pipelines
 
 
 def export_pipeline(

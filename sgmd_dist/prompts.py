@@ -11,15 +11,15 @@ A file of prompts is text with one caption per line, or, with the ending .jsonl,
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 from torch import Tensor
 
 from sgmd_dist import checkpoint
@@ -27,14 +27,14 @@ from sgmd_dist.autoencoder import Autoencoder
 from sgmd_dist.batch import padded
 from sgmd_dist.conditions import Condition, TextAndImage
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder, known_encoding
-from sgmd_dist.data.image_encoder import ImageEncoder
+from sgmd_dist.data.image_encoder import IMAGE_PARTS, ImageEncoder
+from sgmd_dist.data.manifest import json_lines
 from sgmd_dist.data.picture import check_picture, read_picture
 from sgmd_dist.data.sources import captions_in, captions_of, latent_shape_of
-from sgmd_dist.errors import UserError
+from sgmd_dist.errors import UserError, describe
 from sgmd_dist.models.base import ImageInput, LatentShape, VideoModel
 from sgmd_dist.recipe import Recipe
 
-OBJECTS = ".jsonl"
 _KEYS = {"caption", "image"}
 _EXPECTED = 'expected {"caption": "a red ball rolls away", "image": "ball.png"} on each line, image for image to video'
 
@@ -95,9 +95,11 @@ class Prompts:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A diffusers folder with VAE and image encoder, and the latents' shape of the videos that images begin."""
+    """What encodes images: diffusers folders with the VAE and with the image encoder of models that take its
+    embeddings, and the latents' shape of the videos that images begin."""
 
-    folder: Path
+    vae: Path
+    image_encoder: Path
     latent_shape: LatentShape
 
 
@@ -123,8 +125,32 @@ def encoders_of(recipe: Recipe, model: VideoModel) -> Encoders:
         raise UserError("data.text_encoder: prompts need a text encoder; set it to a diffusers folder with one")
     image = None
     if model.image_input is not None and pretrained is not None:
-        image = ImageSource(Path(pretrained), latent_shape_of(recipe, model))
+        image = ImageSource(Path(pretrained), Path(pretrained), latent_shape_of(recipe, model))
     return Encoders(model, Path(folder), recipe.model.text_tokens, image)
+
+
+def image_parts(encoders: Encoders, said: str) -> list[Path]:
+    """The folders of what encodes images for the model, none for text to video.
+
+    Raises:
+        UserError: they are not there; the message begins with `said`.
+    """
+    taken, source = encoders.model.image_input, encoders.image
+    if taken is None:
+        return []
+    if source is None:
+        raise UserError(
+            f"{said}: images of an image-to-video model need its VAE, and no folder has one; name the model's"
+            " diffusers folder by model.pretrained, or with --pretrained"
+        )
+    parts = [source.vae / "vae", *(source.image_encoder / part for part in IMAGE_PARTS if taken.embed_dim)]
+    for part in parts:
+        if not part.is_dir():
+            raise UserError(
+                f"{said}: {part}: no such folder, and the model's images need it; download it too, or name a diffusers"
+                " folder that has it by model.pretrained, or with --pretrained"
+            )
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -134,11 +160,13 @@ def read_prompts(words: Sequence[str], image: Path | None = None) -> list[Prompt
     """Prompts from the command line: each word is a caption or a file of prompts; `image` is for those without one.
 
     Raises:
-        UserError: a file cannot be read, or a word looks like one and is none.
+        UserError: a file cannot be read, or a word looks like one and is none; or `image` is no picture.
     """
+    if image is not None:
+        check_picture(image, "--image")
     prompts: list[Prompt] = []
     for word in words:
-        looks_like_file = word.endswith((".txt", OBJECTS)) or os.path.isfile(word)  # of a long caption Path raises
+        looks_like_file = word.endswith(".txt") or _holds_objects(word) or os.path.isfile(word)  # Path raises of longer
         prompts += prompts_in(word, f"--prompts {word}") if looks_like_file else [Prompt(word)]
     return [replace(prompt, image=prompt.image or image) for prompt in prompts]
 
@@ -149,13 +177,25 @@ def prompts_in(file: str, said: str) -> list[Prompt]:
     Raises:
         UserError: there is no such file, or it is none of prompts, or empty.
     """
-    lines = captions_in(file, said)
-    if not file.endswith(OBJECTS):
-        return [Prompt(line) for line in lines]
-    return [_parsed(line, Path(file).parent, f"{said}: prompt {number} (from 0)") for number, line in enumerate(lines)]
+    if not _holds_objects(file):
+        return [Prompt(line) for line in captions_in(file, said)]
+    path = Path(file)
+    try:
+        prompts = [_parsed(values, path.parent, f"{path}, line {line}") for line, values in json_lines(path)]
+    except FileNotFoundError:
+        raise UserError(f"{said}: no such file (working directory {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{said}: cannot be read as UTF-8 text ({error}); {_EXPECTED}") from None
+    if not prompts:
+        raise UserError(f"{said}: the file holds no prompts; {_EXPECTED}")
+    return prompts
 
 
-def prompts_of(recipe: Recipe, file: Path | None) -> list[Prompt]:
+def _holds_objects(file: str) -> bool:
+    return file.lower().endswith(".jsonl")
+
+
+def prompts_of(recipe: Recipe, model: VideoModel, file: Path | None) -> list[Prompt]:
     """The prompts of `file`, or else those of the recipe's data.
 
     Raises:
@@ -163,20 +203,22 @@ def prompts_of(recipe: Recipe, file: Path | None) -> list[Prompt]:
     """
     if file is not None:
         return prompts_in(str(file), f"--prompts {file}")
+    if model.image_input is not None:
+        raise UserError(f"--prompts: an image-to-video model needs a .jsonl file of prompts with images; {_EXPECTED}")
     return [Prompt(caption) for caption in captions_of(recipe)]
 
 
-def _parsed(line: str, folder: Path, said: str) -> Prompt:
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{said}: no JSON ({error}); {_EXPECTED}") from None
-    if not isinstance(content, dict) or not content.keys() <= _KEYS:
-        raise UserError(f"{said}: {line[:80]}: no object of these keys; {_EXPECTED}")
-    caption, image = content.get("caption"), content.get("image")
-    if not isinstance(caption, str) or not caption.strip() or not (image is None or (isinstance(image, str) and image)):
-        raise UserError(f"{said}: caption = {caption!r}, image = {image!r}; {_EXPECTED}")
-    return Prompt(caption.strip(), None if image is None else folder / image)
+def _parsed(values: Mapping[str, Any], folder: Path, where: str) -> Prompt:
+    if unknown := values.keys() - _KEYS:
+        raise UserError(f"{where}: '{min(unknown)}' is no key of a prompt; {_EXPECTED}")
+    caption, image = values.get("caption"), values.get("image")
+    if not isinstance(caption, str) or not (text := " ".join(caption.split())):
+        raise UserError(f"{where}: caption = {caption!r}; {_EXPECTED}")
+    if not (image is None or (isinstance(image, str) and image)):
+        raise UserError(f"{where}: image = {image!r}; {_EXPECTED}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text + (image or "")):
+        raise UserError(f"{where}: holds half of a character (\\ud800 to \\udfff); write the whole one")
+    return Prompt(text, None if image is None else folder / image)
 
 
 def check_prompts(prompts: Sequence[Prompt], model: VideoModel, said: str) -> None:
@@ -193,37 +235,41 @@ def check_prompts(prompts: Sequence[Prompt], model: VideoModel, said: str) -> No
         if prompt.image is None:
             raise UserError(
                 f"{said}: this is an image-to-video model, and '{prompt.caption[:80]}' has no image to begin with; name"
-                ' a .jsonl file of prompts, with lines as {"caption": "a red ball rolls away", "image": "ball.png"}'
+                ' a .jsonl file of prompts, with lines as {"caption": "a red ball rolls away", "image": "ball.png"}, or'
+                " (launch/sample.py) one image for all with --image"
             )
         check_picture(prompt.image, said)
 
 
-def digest_of_image(prompt: Prompt) -> str:
-    """sha256 of the picture file that a prompt names.
+def digest_of_image(image: Path, said: str) -> str:
+    """sha256 of a picture's file.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        return hashlib.sha256((prompt.image or Path()).read_bytes()).hexdigest()
+        return hashlib.sha256(image.read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"--prompts: image {prompt.image}: cannot be read ({error}); mend the path") from None
+        raise UserError(f"{said}: image {image}: cannot be read ({error}); mend the path") from None
 
 
 # --------------------------------------------------------------------------------------------------------- encoding
 
 
-def encode_together(encoders: Encoders, prompts: Sequence[Prompt], device: torch.device, said: str) -> Prompts:
-    """`encode` on rank 0, which alone reads the prompts' files and holds the encoders, handed to all. Collective.
+def encode_together(
+    encoders: Encoders, prompts: Callable[[], Sequence[Prompt]], device: torch.device, said: str
+) -> Prompts:
+    """`encode` on rank 0, which alone reads the prompts and their images and holds the encoders, handed to all.
+    Collective.
 
     Raises:
-        UserError: see `encode`; on every rank.
+        UserError: see `encode`, or as `prompts` raises it; on every rank.
     """
     found: list[Prompts | None] = [None]
 
     def on_rank_0() -> None:
         if dist.get_rank() == 0:
-            found[0] = encode(encoders, prompts, device, said)
+            found[0] = encode(encoders, prompts(), device, said)
 
     checkpoint.together(on_rank_0)
     dist.broadcast_object_list(found)
@@ -240,12 +286,11 @@ def encode(encoders: Encoders, prompts: Sequence[Prompt], device: torch.device |
     Raises:
         UserError: an encoder cannot be read or is another model's, or the prompts are not what the model takes.
     """
-    model = encoders.model
-    check_prompts(prompts, model, said)
+    check_prompts(prompts, encoders.model, said)
+    image_parts(encoders, said)
     captions = [prompt.caption for prompt in prompts]
     embeds = _encode_texts(encoders, captions)
-    images = None if model.image_input is None else _encode_images(encoders, model.image_input, prompts, device, said)
-    return Prompts(captions, embeds[:-1], embeds[-1:], images)
+    return Prompts(captions, embeds[:-1], embeds[-1:], _encode_images(encoders, prompts, device, said))
 
 
 def _encode_texts(encoders: Encoders, captions: Sequence[str]) -> Tensor:
@@ -262,32 +307,37 @@ def _encode_texts(encoders: Encoders, captions: Sequence[str]) -> Tensor:
 
 
 def _encode_images(
-    encoders: Encoders, taken: ImageInput, prompts: Sequence[Prompt], device: torch.device | str, said: str
-) -> Images:
-    source = encoders.image
-    if source is None:
-        raise UserError(
-            f"{said}: images of an image-to-video model need its VAE, and no folder has one; name the model's"
-            " diffusers folder by model.pretrained, or with --pretrained"
-        )
+    encoders: Encoders, prompts: Sequence[Prompt], device: torch.device | str, said: str
+) -> Images | None:
+    taken, source = encoders.model.image_input, encoders.image
+    if taken is None or source is None:
+        return None
     try:
         return _encode_pictures(source, taken, prompts, device, said)
+    except torch.OutOfMemoryError as error:
+        logger.warning("{}: images cannot be encoded on {} ({}); the CPU does it", said, device, describe(error))
     finally:
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()  # a training may be about to need it
+    return _encode_pictures(source, taken, prompts, "cpu", said)
 
 
 def _encode_pictures(
     source: ImageSource, taken: ImageInput, prompts: Sequence[Prompt], device: torch.device | str, said: str
 ) -> Images:
-    vae = Autoencoder.load(source.folder / "vae", device)
+    vae = Autoencoder.load(source.vae / "vae", device)
     num_frames, height, width = vae.video_size(source.latent_shape)
-    encoder = ImageEncoder.of_input(source.folder, taken, device)
-    latents, embeds = [], []
+    if (made := vae.latent_shape(num_frames, height, width)) != source.latent_shape:
+        raise UserError(
+            f"{source.vae / 'vae'}: makes latents {made} of {num_frames}x{height}x{width}, the model takes"
+            f" {source.latent_shape}; name the folder of this model's VAE"
+        )
+    encoder = ImageEncoder.of_input(source.image_encoder, taken, device)
+    latents, embeds, files = [], [], []
     for prompt in prompts:
         assert prompt.image is not None, "check_prompts asks for one"
         picture = read_picture(prompt.image, height, width, said)
         latents.append(vae.encode_first(picture.expand(num_frames, -1, -1, -1)).bfloat16())
         embeds += [] if encoder is None else [encoder.encode(picture).bfloat16()]
-    files = [{"file": str(prompt.image), "sha256": digest_of_image(prompt)} for prompt in prompts]
+        files.append({"file": str(prompt.image), "sha256": digest_of_image(prompt.image, said)})
     return Images(torch.stack(latents), torch.stack(embeds) if embeds else None, files)

@@ -18,7 +18,7 @@ from sgmd_dist.data.encode import NEGATIVE_PROMPT
 from sgmd_dist.data.sources import TEXT_PARTS
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
-from sgmd_dist.prompts import Prompt, digest_of_image
+from sgmd_dist.prompts import Prompt, digest_of_image, encoders_of, image_parts
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.sampling import Source
 
@@ -43,6 +43,7 @@ class Protocol:
         reference_seed: of the teacher's videos that all are held against. sample_seed: of the videos that are scored.
         real: fingerprint of the shards with real videos, None without. num_real: how many of them, the first.
         images: sha256 of the picture that each prompt of an image-to-video model begins with; None of another model.
+        image_encoders: digest of what encodes them; None likewise.
         version: of the scores' definitions.
     """
 
@@ -61,6 +62,7 @@ class Protocol:
     real: str | None = None
     num_real: int = 0
     images: list[str] | None = None
+    image_encoders: str | None = None
     version: int = VERSION
 
     @property
@@ -138,6 +140,8 @@ def protocol_of(
         UserError: the recipe trains no few-step generator.
     """
     student_steps, sigma_shift = source.few_steps
+    images = [digest_of_image(prompt.image, "--prompts") for prompt in prompts if prompt.image is not None]
+    image_folders = image_parts(encoders_of(source.recipe, source.model), "--prompts")
     objective: Any = source.recipe.objective  # a distillation's, as it has few steps
     return Protocol(
         prompts=[prompt.caption for prompt in prompts],
@@ -152,7 +156,8 @@ def protocol_of(
         text_encoder=digest_of_text_encoder(source.recipe),
         real=real,
         num_real=num_real,
-        images=None if source.model.image_input is None else [digest_of_image(prompt) for prompt in prompts],
+        images=images if image_folders else None,
+        image_encoders=content_digest(image_folders) if image_folders else None,
     )
 
 
@@ -217,10 +222,10 @@ def check_agreement(protocol: Protocol, stored: Stored) -> None:
 
 
 def _difference(name: str, here: Any, there: Any) -> str:
-    if isinstance(here, list) and isinstance(there, list) and name == "prompts":
+    if isinstance(here, list) and isinstance(there, list) and name in ("prompts", "images"):
         first = next((i for i, pair in enumerate(zip(here, there, strict=False)) if pair[0] != pair[1]), None)
         where = "one goes on" if first is None else f"number {first} is {here[first]!r} here, {there[first]!r} there"
-        return f"prompts: {len(here)} here, {len(there)} there, {where}"
+        return f"{name}: {len(here)} here, {len(there)} there, {where}"
     return f"{name} = {_short(here)} here, {_short(there)} there"
 
 

@@ -30,7 +30,7 @@ from sgmd_dist.decode import decoder
 from sgmd_dist.errors import UserError, describe
 from sgmd_dist.health import few_step_chain
 from sgmd_dist.parallel.mesh import Mesh
-from sgmd_dist.prompts import Prompt, check_prompts, encode_together, encoders_of, prompts_in
+from sgmd_dist.prompts import Prompt, check_prompts, encode_together, encoders_of, image_parts, prompts_in
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.roles import Roles
 from sgmd_dist.rollout import guided, sample
@@ -64,7 +64,9 @@ def check(recipe: Recipe) -> None:
     if recipe.samples is not None:
         few_step_chain(recipe, "samples")
         text_encoder_folder(recipe, _KEY)
-        check_prompts(prompts_of(recipe.samples), build_architecture(recipe, "generator"), _KEY)
+        model = build_architecture(recipe, "generator")
+        image_parts(encoders_of(recipe, model), _KEY)
+        check_prompts(prompts_of(recipe.samples), model, _KEY)
 
 
 def prompts_of(section: SamplesSection) -> list[Prompt]:
@@ -85,9 +87,9 @@ class TrainingSamples:
     def __init__(self, section: SamplesSection, recipe: Recipe, mesh: Mesh, roles: Roles) -> None:
         self._section, self._recipe, self._mesh, self._roles = section, recipe, mesh, roles
         self._chain = few_step_chain(recipe, "samples")
-        found = together(lambda: prompts_of(section) if mesh.is_main else [])  # a node's own file may be another
-        prompts, model = found[0], build_model(recipe, "generator")
-        self._prompts = encode_together(encoders_of(recipe, model), prompts, mesh.device, _KEY)
+        model = build_model(recipe, "generator")
+        encoders = encoders_of(recipe, model)
+        self._prompts = encode_together(encoders, lambda: prompts_of(section), mesh.device, _KEY)
         self._latent_shape = latent_shape_of(recipe, model)
         self._takes = takes_of(self._prompts.captions, section.seeds)
         self._waits_for_teacher = section.teacher

@@ -31,6 +31,9 @@ class ImageEncoder:
         Raises:
             UserError: a part is missing or cannot be read.
         """
+        for part in IMAGE_PARTS:
+            if not (folder / part).is_dir():
+                raise UserError(f"{folder / part}: no such folder, and the model's images need it; download it too")
         part = IMAGE_PARTS[0]
         try:
             loaded: Any = transformers.CLIPVisionModel.from_pretrained(

@@ -95,7 +95,7 @@ def _videos_of(folder: Path) -> list[Row]:
 
 
 def _manifest_rows(path: Path, required: Sequence[str]) -> Iterator[Row]:
-    readers = {".jsonl": _json_lines, ".csv": _csv_lines}
+    readers = {".jsonl": json_lines, ".csv": _csv_lines}
     if path.suffix not in readers:
         raise UserError(f"{path}: expected a folder of videos or a manifest that ends in {' or '.join(readers)}")
     number = -1
@@ -119,7 +119,13 @@ def _manifest_rows(path: Path, required: Sequence[str]) -> Iterator[Row]:
         raise UserError(f"{path}: holds no rows; write one per video")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The objects of a JSON Lines file with the numbers of their lines, from 1.
+
+    Raises:
+        UserError: a line is no object.
+        OSError, UnicodeDecodeError: the file cannot be read.
+    """
     with path.open(encoding="utf-8-sig") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():

@@ -6,41 +6,60 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from sgmd_dist.data.video import Bucket, cover
 from sgmd_dist.errors import UserError
+
+_DEEPEST = 2**16 - 1  # of greys that are not of 8 bits
 
 
 def check_picture(path: Path, said: str) -> None:
-    """Look at a picture's head.
+    """Read a picture and forget it.
 
     Raises:
-        UserError: there is no such file, or it is no picture; the message begins with `said`.
+        UserError: see `read_picture`.
     """
-    try:
-        Image.open(path).close()
-    except _UNREADABLE as error:
-        raise _unreadable(path, said, error) from None
+    _opened(path, said)
 
 
 def read_picture(path: Path, height: int, width: int, said: str) -> Tensor:
     """A picture as it is shown, resized to cover `height` x `width` and cut at the centre, as `prepare.py videos` does
-    with frames: uint8 `[H, W, 3]`. What is transparent is white.
+    with frames: uint8 `[H, W, 3]`. What is transparent is white; of one in motion it is the first.
 
     Raises:
-        UserError: it cannot be read; the message begins with `said`.
+        UserError: it cannot be read, or holds what is no 8 or 16 bits a channel; the message begins with `said`.
     """
+    picture = _opened(path, said)
+    scale = max(height / picture.height, width / picture.width)
+    left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
+    # Only what is seen is resized: of a strip that would be gigabytes.
+    seen = (max(0.0, left), max(0.0, top), picture.width - max(0.0, left), picture.height - max(0.0, top))
+    return torch.from_numpy(np.array(picture.resize((width, height), Image.Resampling.BICUBIC, box=seen)))
+
+
+def _opened(path: Path, said: str) -> Image.Image:
     try:
         with Image.open(path) as file:
-            picture = _opaque(ImageOps.exif_transpose(file))
-    except _UNREADABLE as error:
-        raise _unreadable(path, said, error) from None
-    fit = cover(picture.height, picture.width, Bucket(1, height, width))
-    resized = picture.resize((fit.width, fit.height), Image.Resampling.BICUBIC)
-    cut = resized.crop((fit.left, fit.top, fit.left + width, fit.top + height))
-    return torch.from_numpy(np.array(cut))
+            return _opaque(_of_8_bits(ImageOps.exif_transpose(file)))
+    except Exception as error:  # each of Pillow's decoders has exceptions of its own for damage
+        why = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{said}: image {path}: cannot be read as a picture ({why}); name a PNG, JPEG or WebP file, or save this"
+            " one anew"
+        ) from None
+
+
+def _of_8_bits(picture: Image.Image) -> Image.Image:
+    """Pillow cuts deeper greys off at 255 instead of scaling them."""
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > _DEEPEST:
+        raise ValueError(f"its greys are {values.min()} to {values.max()}, expected 16 bits")
+    return Image.fromarray((values * 255 / _DEEPEST).round().astype(np.uint8))
 
 
 def _opaque(picture: Image.Image) -> Image.Image:
@@ -48,12 +67,3 @@ def _opaque(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     layer = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-
-
-# Pillow's decoders raise SyntaxError for some damage, and refuse pictures of hundreds of megapixels.
-_UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
-
-
-def _unreadable(path: Path, said: str, error: BaseException) -> UserError:
-    why = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:200]
-    return UserError(f"{said}: image {path}: cannot be read as a picture ({why}); name a PNG, JPEG or WebP file")

@@ -36,6 +36,7 @@ TEXT_PARTS = ("text_encoder", "tokenizer")
 WORLDS = {"moving_shapes": World}
 WORLD_SAMPLES = 4096
 WORLD_SEED = 0
+_NO_CAPTIONS = (".jsonl", ".json", ".csv")
 MAX_SILENCE_S = 60.0  # of a server or a command, before it has failed
 
 
@@ -206,8 +207,10 @@ def captions_in(file: str, said: str) -> list[str]:
     """The lines of `file` that are not blank; `said` is how the user named it, for messages.
 
     Raises:
-        UserError: there is no such file, or it is no text, or empty.
+        UserError: there is no such file, or it is no text, or empty, or its ending says that it holds something else.
     """
+    if (ending := Path(file).suffix.lower()) in _NO_CAPTIONS:
+        raise UserError(f"{said}: a {ending} file is no list of captions; write a text file with one caption per line")
     try:
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:

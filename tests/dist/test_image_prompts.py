@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from commands import Done, run_forked
 from PIL import Image
 from ranks import run_ranks
 from running import train
+from safetensors.torch import load_file, save_file
 
 from sgmd_dist.data.format import write_negative_prompt
 from sgmd_dist.data.index import consolidate
@@ -98,14 +100,42 @@ def test_scores_are_of_prompts_with_images(folder: Path) -> None:
     for words, message in (
         (f"--prompts {folder}/plain.txt", "has no image to begin with; name a .jsonl file of prompts"),
         (f"--prompts {folder}/prompts.jsonl --vbench {folder}/vbench", "VBench's videos are of captions alone"),
-        ("", "name the captions with --prompts FILE"),
+        ("", "an image-to-video model needs a .jsonl file of prompts with images"),
     ):
         done = evaluate(words)
         assert done.code == 2 and message in done.errors()[0], done.output
     assert not (folder / "vbench").exists()
 
 
-def test_a_recipe_whose_prompts_lack_an_image_is_refused_before_it_starts(folder: Path, image_pipeline: Path) -> None:
-    words = f"model.pretrained={image_pipeline} data.shards={folder}/shards 'samples={{prompts: [a red ball]}}'"
-    done = run_forked(f"python launch/train.py {folder}/recipe.yaml {words} --check")
-    assert done.code == 2 and "samples.prompts: this is an image-to-video model" in done.errors()[0], done.output
+def test_scores_with_another_vae_are_not_set_beside_them(folder: Path, image_pipeline: Path, tmp_path: Path) -> None:
+    """The run has moved to a folder whose VAE was trained further."""
+    shutil.copytree(image_pipeline, tmp_path / "wan")
+    path = tmp_path / "wan/vae/diffusion_pytorch_model.safetensors"
+    save_file({name: 1.5 * tensor for name, tensor in load_file(path).items()}, path)
+    shutil.copytree(folder / "run", tmp_path / "run")
+    recipe = tmp_path / "run/checkpoints/step-00000001/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(image_pipeline), str(tmp_path / "wan")))
+    words = f"--repeats 2 --teacher-steps 2 --prompts {folder}/prompts.jsonl --out {tmp_path}/scores"
+    done = run_forked(f"python launch/evaluate.py {tmp_path}/run {words} --against {folder}/scores")
+    assert done.code == 2 and "another protocol, so the scores cannot be compared: image_encoders =" in done.errors()[0]
+
+
+def test_a_recipe_whose_samples_cannot_be_taken_is_refused_before_it_starts(
+    folder: Path, image_pipeline: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(image_pipeline, tmp_path / "wan", ignore=shutil.ignore_patterns("vae"))
+    for prompts, pretrained, message in (
+        ("[a red ball]", image_pipeline, "samples.prompts: this is an image-to-video model, and 'a red ball' has no"),
+        (f"{folder}/prompts.jsonl", tmp_path / "wan", "vae: no such folder, and the model's images need it"),
+    ):
+        words = f"model.pretrained={pretrained} data.shards={folder}/shards 'samples={{prompts: {prompts}}}'"
+        done = run_forked(f"python launch/train.py {folder}/recipe.yaml {words} --check")
+        assert done.code == 2 and message in done.errors()[0], done.output
+
+
+def test_a_sample_without_an_image_is_refused(folder: Path) -> None:
+    done = sample(folder, "run", "none", "--prompts 'a red ball'", "torchrun --nproc-per-node=2")
+    assert done.code == 2 and {error[:60] for error in done.errors()} == {
+        "error: --prompts: this is an image-to-video model, and 'a re"
+    }, done.output
+    assert "with --image" in done.errors()[0]

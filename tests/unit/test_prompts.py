@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from sgmd_dist import prompts as prompts_module
 from sgmd_dist.autoencoder import Autoencoder
+from sgmd_dist.batch import padded
 from sgmd_dist.conditions import TextAndImage
+from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder
 from sgmd_dist.data.image_encoder import ImageEncoder
 from sgmd_dist.data.picture import read_picture
 from sgmd_dist.errors import UserError
@@ -47,8 +53,16 @@ def test_lines_with_images_name_them_from_their_folder(tmp_path: Path) -> None:
     path.write_text('{"caption": " a ", "image": "x/1.png"}\n\n{"caption": "b", "image": "/2.png"}\n{"caption": "c"}\n')
     named = [Prompt("a", tmp_path / "x/1.png"), Prompt("b", Path("/2.png"))]
     assert read_prompts([str(path), "d"]) == [*named, Prompt("c"), Prompt("d")]
-    common = Path("0.png")
+    common = tmp_path / "0.png"
+    Image.new("RGB", (8, 8)).save(common)
     assert read_prompts([str(path), "d"], common) == [*named, Prompt("c", common), Prompt("d", common)]
+    with pytest.raises(UserError, match=r"^--image: image gone\.png: cannot be read as a picture"):
+        read_prompts(["d"], Path("gone.png"))
+
+
+def test_a_caption_is_one_line_whatever_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "p.JSONL").write_text('{"caption": "a\\nb \u2028 c"}\n', encoding="utf-8")
+    assert read_prompts([str(tmp_path / "p.JSONL")]) == [Prompt("a b c")]
 
 
 @pytest.mark.parametrize("word", ["nowhere.txt", "nowhere.jsonl"])
@@ -60,22 +74,36 @@ def test_a_missing_file_is_named_as_the_user_gave_it(word: str) -> None:
 @pytest.mark.parametrize(
     "line, found",
     [
-        ("a red ball", "no JSON"),
-        ("[1]", r"\[1\]: no object"),
-        ('{"caption": "a", "picture": "a.png"}', '"picture"'),
-        ('{"image": "a.png"}', "caption = None"),
-        ('{"caption": " "}', "caption = ' '"),
-        ('{"caption": "a", "image": 3}', "image = 3"),
-        ('{"caption": "a", "image": ""}', "image = ''"),
+        ("a red ball", "is not JSON"),
+        ("[1]", "is a JSON list"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"caption": "a", "picture": "a.png"}', "'picture' is no key of a prompt; expected {"),
+        ('{"image": "a.png"}', "caption = None; expected {"),
+        ('{"caption": " "}', "caption = ' '; expected {"),
+        ('{"caption": "a", "image": 3}', "image = 3; expected {"),
+        ('{"caption": "a", "image": ""}', "image = ''; expected {"),
+        ('{"caption": "a \\ud800"}', "holds half of a character"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str, found: str) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text('{"caption": "a"}\n' + line)
-    with pytest.raises(
-        UserError, match=rf'p\.jsonl: prompt 1 \(from 0\): .*{found}.*expected {{"caption": "a red ball rolls'
-    ):
+    path.write_text('{"caption": "a"}\n\n' + line)
+    with pytest.raises(UserError, match=rf"p\.jsonl, line 3: {re.escape(found)}"):
         read_prompts([str(path)])
+
+
+@pytest.mark.parametrize("content, found", [(b"\n", "holds no prompts"), (b"\xff", "cannot be read as UTF-8 text")])
+def test_a_file_that_is_none_of_prompts_is_named(tmp_path: Path, content: bytes, found: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^--prompts .*p\.jsonl: .*{found}.*expected {{"):
+        read_prompts([str(tmp_path / "p.jsonl")])
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.csv"])
+def test_other_files_do_not_become_captions(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"caption": "a"}')
+    with pytest.raises(UserError, match=r"is no list of captions; write a text file with one caption per line"):
+        read_prompts([str(tmp_path / name)])
 
 
 def test_an_image_to_video_model_needs_a_picture_for_each(image_pipeline: Path, pictures: Path) -> None:
@@ -92,7 +120,7 @@ def test_an_image_to_video_model_needs_a_picture_for_each(image_pipeline: Path, 
 
 def test_images_are_encoded_as_prepared_videos_are(image_pipeline: Path, pictures: Path) -> None:
     model = model_of(image_pipeline)
-    encoders = Encoders(model, image_pipeline, 8, ImageSource(image_pipeline, SHAPE))
+    encoders = Encoders(model, image_pipeline, 8, ImageSource(image_pipeline, image_pipeline, SHAPE))
     given = [Prompt("a red ball", pictures / "wide.png"), Prompt("a blue bar", pictures / "tall.png")]
     prompts = encode(encoders, given, "cpu", "--prompts")
     vae, encoder = Autoencoder.load(image_pipeline / "vae"), ImageEncoder.load(image_pipeline)
@@ -116,10 +144,49 @@ def test_a_text_to_video_model_passes_over_images(video_pipeline: Path, image_pi
     assert torch.equal(with_images.embeds, encode(encoders, [Prompt("a")], "cpu", "").embeds)
 
 
-def test_without_a_vae_there_is_a_message(image_pipeline: Path, pictures: Path) -> None:
-    encoders = Encoders(model_of(image_pipeline), image_pipeline, 8)
+def test_the_negative_prompt_is_encoded_by_itself(video_pipeline: Path) -> None:
+    prompts = encode(Encoders(model_of(Path("recipes/tiny_wan")), video_pipeline, 8), [Prompt("a")], "cpu", "")
+    [expected] = TextEncoder.from_pretrained(video_pipeline).encode([NEGATIVE_PROMPT])
+    assert torch.equal(prompts.negative, padded(expected.bfloat16(), 8)[None])
+    assert prompts.embeds.shape == (1, 8, 32) and not torch.equal(prompts.embeds, prompts.negative)
+
+
+def test_what_encodes_images_must_be_there(image_pipeline: Path, pictures: Path, tmp_path: Path) -> None:
+    model, given = model_of(image_pipeline), [Prompt("a", pictures / "wide.png")]
+    with pytest.raises(UserError, match="'a' has no image"):
+        encode(Encoders(model, image_pipeline, 8), [Prompt("a")], "cpu", "--prompts")
     with pytest.raises(UserError, match=r"--prompts: images .* need its VAE, .* or with --pretrained"):
+        encode(Encoders(model, image_pipeline, 8), given, "cpu", "--prompts")
+    for part in ("vae", "image_encoder", "image_processor"):
+        shutil.copytree(image_pipeline, tmp_path / part, ignore=shutil.ignore_patterns(part))
+        source = ImageSource(tmp_path / part, tmp_path / part, SHAPE)
+        with pytest.raises(UserError, match=rf"--prompts: .*/{part}: no such folder, and the model's images need it"):
+            encode(Encoders(model, image_pipeline, 8, source), given, "cpu", "--prompts")
+
+
+def test_another_model_s_vae_is_refused(image_pipeline: Path, pictures: Path) -> None:
+    source = ImageSource(image_pipeline, image_pipeline, (4, *SHAPE[1:]))
+    encoders = Encoders(model_of(image_pipeline), image_pipeline, 8, source)
+    with pytest.raises(UserError, match=r"vae: makes latents \(3, 3, 4, 6\) of 9x32x48, the model takes \(4,"):
         encode(encoders, [Prompt("a", pictures / "wide.png")], "cpu", "--prompts")
+
+
+def test_the_cpu_encodes_where_the_device_has_no_room(
+    image_pipeline: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders = Encoders(model_of(image_pipeline), image_pipeline, 8, ImageSource(image_pipeline, image_pipeline, SHAPE))
+    given = [Prompt("a", pictures / "wide.png")]
+    expected, errors, load = encode(encoders, given, "cpu", ""), [torch.OutOfMemoryError("full")], Autoencoder.load
+
+    def fail_once(*arguments: Any) -> Autoencoder:
+        if errors:
+            raise errors.pop()
+        return load(*arguments)
+
+    monkeypatch.setattr(prompts_module.Autoencoder, "load", fail_once)
+    found = encode(encoders, given, "cpu", "")
+    assert errors == [] and found.images is not None and expected.images is not None
+    assert torch.equal(found.images.latents, expected.images.latents)
 
 
 @pytest.mark.parametrize("with_embeds", [True, False])

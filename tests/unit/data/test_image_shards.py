@@ -103,7 +103,7 @@ def test_a_text_to_video_folder_makes_the_samples_that_it_made(folder: Path, vid
 def test_a_folder_without_its_image_encoder_is_refused(folder: Path, image_pipeline: Path, tmp_path: Path) -> None:
     shutil.copytree(image_pipeline, tmp_path / "copy", ignore=shutil.ignore_patterns("image_processor"))
     assert image_settings(tmp_path / "copy") != image_settings(image_pipeline)
-    with pytest.raises(UserError, match=r"image_processor: cannot be read as the image encoder's"):
+    with pytest.raises(UserError, match=r"image_processor: no such folder, and the model's images need it"):
         encoded(folder, tmp_path / "copy")
 
 

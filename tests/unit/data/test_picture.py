@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,15 @@ def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
     assert (read_picture(tmp_path / "clear.png", 8, 8, "") == 255).all()
 
 
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_greys_of_16_bits_are_scaled(tmp_path: Path, ending: str) -> None:
+    """Pillow alone makes all above 255 white."""
+    levels = np.linspace(0, 65535, 256).round().astype(np.uint16)
+    Image.fromarray(np.tile(levels, (4, 1))).save(tmp_path / f"deep.{ending}")
+    found = read_picture(tmp_path / f"deep.{ending}", 4, 256, "")
+    assert found[0, :, 0].tolist() == list(range(256)) and (found == found[..., :1]).all()
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "CMYK"])
 def test_other_colours_become_red_green_and_blue(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("black.jpg" if mode == "CMYK" else "black.png")
@@ -61,10 +71,46 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "junk.png").write_bytes(b"no picture")
     Image.fromarray(thirds(60, 60)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:100])
-    for name, why in (("gone.png", "no such file"), ("junk.png", "cannot identify")):
-        with pytest.raises(UserError, match=rf"^--prompts a: image .*{name}: cannot be read as a picture \({why}"):
-            check_picture(tmp_path / name, "--prompts a")
-    check_picture(tmp_path / "cut.png", "its head is whole")
-    for name in ("gone.png", "junk.png", "cut.png", "."):
-        with pytest.raises(UserError, match=r"^--prompts a: image .*: cannot be read as a picture"):
-            read_picture(tmp_path / name, 8, 8, "--prompts a")
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.full((8, 8), 70000, np.int32)).save(tmp_path / "deep.tiff")
+    for name, why in (
+        ("gone.png", "no such file"),
+        ("junk.png", "cannot identify"),
+        ("cut.png", "image file is truncated"),
+        (".", "Is a directory"),
+        ("float.tiff", "its pixels are floating-point numbers"),
+        ("deep.tiff", "its greys are 70000 to 70000, expected 16 bits"),
+    ):
+        with pytest.raises(UserError, match=rf"^--prompts: image .*: cannot be read as a picture \(.*{why}"):
+            check_picture(tmp_path / name, "--prompts")
+        with pytest.raises(UserError, match=rf"^--prompts: image .*: cannot be read as a picture \(.*{why}"):
+            read_picture(tmp_path / name, 8, 8, "--prompts")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_notes_of_a_camera_are_an_error_like_others(tmp_path: Path) -> None:
+    """Pillow's exceptions depend on the byte that is damaged."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a camera"
+    Image.fromarray(thirds(16, 16)).save(tmp_path / "whole.jpg", exif=exif)
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    start, refused = whole.index(b"Exif"), 0
+    for place in range(start, start + 60):
+        (tmp_path / "flipped.jpg").write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
+        try:
+            assert read_picture(tmp_path / "flipped.jpg", 8, 8, "").shape == (8, 8, 3)
+        except UserError:
+            refused += 1
+    assert refused > 0
+
+
+def test_a_strip_takes_no_more_memory_than_what_is_seen_of_it(tmp_path: Path) -> None:
+    """Enlarged as a whole it would be 10 GB."""
+    strip = np.zeros((1, 10000, 3), np.uint8)
+    strip[:, 4990:5010] = 255
+    Image.fromarray(strip).save(tmp_path / "strip.png")
+    tracemalloc.start()
+    found = read_picture(tmp_path / "strip.png", 480, 832, "")
+    assert found.shape == (480, 832, 3) and (found == 255).all()
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()

@@ -165,6 +165,11 @@ def test_an_unfit_prompts_file_is_named(tiny_recipe: MakeRecipe, content: bytes 
         captions_of(recipe)
 
 
+def test_objects_do_not_become_captions(tiny_recipe: MakeRecipe) -> None:
+    Path("mine.jsonl").write_text('{"caption": "a red ball", "image": "ball.png"}')
+    assert "a .jsonl file is no list of captions" in message(tiny_recipe("data.shards='prompts:mine.jsonl'", VIDEO))
+
+
 def test_a_folder_is_no_prompts_file(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     assert "cannot be read as UTF-8 text ([Errno 21]" in message(
         tiny_recipe(f"data.shards='prompts:{tmp_path}'", VIDEO)
