@@ -103,7 +103,9 @@ def compare(
         prompts: of the protocol; those of the main rank count.
         real: videos `[M, C, F, H, W]` for the main rank, or None.
     """
-    encoded = encode_together(encoders_of(source.recipe, source.model), lambda: prompts, device, "--prompts")
+    encoded = encode_together(
+        encoders_of(source.recipe, source.model, "--prompts"), lambda: prompts, device, "--prompts"
+    )
     repeated = encoded.repeated(protocol.repeats)
     shift, seed = protocol.sigma_shift, protocol.sample_seed
     few = Settings(protocol.student_steps, shift, seed)

@@ -139,6 +139,7 @@ def _of_checkpoint(path: Path, options: Options) -> Generator:
     source = open_source(path)
     recipe, model = source.recipe, source.model
     _check_family(path, recipe, options)
+    folders = _parts_folders(None, recipe, options)
     num_steps, shift = options.num_steps, options.shift
     if num_steps is None or shift is None:
         trained = source.few_steps
@@ -151,10 +152,10 @@ def _of_checkpoint(path: Path, options: Options) -> Generator:
         flow.sampling_sigmas(num_steps, shift),
         shift,
         _latent_shape(source.checkpoint, recipe, model, options),
-        _text_encoder(source.checkpoint, _parts_folders(None, recipe, options)),
+        _text_encoder(source.checkpoint, folders),
         recipe.model.text_tokens,
-        _having("vae", _parts_folders(None, recipe, options)),
-        _having(IMAGE_PARTS[0], _parts_folders(None, recipe, options)),
+        _having("vae", folders),
+        _having(IMAGE_PARTS[0], folders),
     )
 
 

@@ -10,7 +10,6 @@ A file of prompts is text with one caption per line, or, with the ending .jsonl,
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +24,13 @@ from torch import Tensor
 from sgmd_dist import checkpoint
 from sgmd_dist.autoencoder import Autoencoder
 from sgmd_dist.batch import padded
+from sgmd_dist.checkpoint.folder import digest
 from sgmd_dist.conditions import Condition, TextAndImage
 from sgmd_dist.data.encode import NEGATIVE_PROMPT, TextEncoder, known_encoding
 from sgmd_dist.data.image_encoder import IMAGE_PARTS, ImageEncoder
 from sgmd_dist.data.manifest import json_lines
 from sgmd_dist.data.picture import check_picture, read_picture
-from sgmd_dist.data.sources import captions_in, captions_of, latent_shape_of
+from sgmd_dist.data.sources import captions_in, captions_of, latent_shape_of, text_encoder_folder
 from sgmd_dist.errors import UserError, describe
 from sgmd_dist.models.base import ImageInput, LatentShape, VideoModel
 from sgmd_dist.recipe import Recipe
@@ -114,19 +114,16 @@ class Encoders:
     image: ImageSource | None = None
 
 
-def encoders_of(recipe: Recipe, model: VideoModel) -> Encoders:
-    """Those of a recipe.
+def encoders_of(recipe: Recipe, model: VideoModel, said: str) -> Encoders:
+    """Those of a recipe; `said` is how the user named the prompts, for messages.
 
     Raises:
-        UserError: the recipe has no folder of a text encoder, or nothing says how large its videos are.
+        UserError: the recipe has no folder of a text encoder.
     """
-    folder, pretrained = recipe.data.text_encoder or recipe.model.pretrained, recipe.model.pretrained
-    if folder is None:
-        raise UserError("data.text_encoder: prompts need a text encoder; set it to a diffusers folder with one")
-    image = None
+    pretrained, image = recipe.model.pretrained, None
     if model.image_input is not None and pretrained is not None:
         image = ImageSource(Path(pretrained), Path(pretrained), latent_shape_of(recipe, model))
-    return Encoders(model, Path(folder), recipe.model.text_tokens, image)
+    return Encoders(model, text_encoder_folder(recipe, said), recipe.model.text_tokens, image)
 
 
 def image_parts(encoders: Encoders, said: str) -> list[Path]:
@@ -241,18 +238,6 @@ def check_prompts(prompts: Sequence[Prompt], model: VideoModel, said: str) -> No
         check_picture(prompt.image, said)
 
 
-def digest_of_image(image: Path, said: str) -> str:
-    """sha256 of a picture's file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return hashlib.sha256(image.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"{said}: image {image}: cannot be read ({error}); mend the path") from None
-
-
 # --------------------------------------------------------------------------------------------------------- encoding
 
 
@@ -339,5 +324,5 @@ def _encode_pictures(
         picture = read_picture(prompt.image, height, width, said)
         latents.append(vae.encode_first(picture.expand(num_frames, -1, -1, -1)).bfloat16())
         embeds += [] if encoder is None else [encoder.encode(picture).bfloat16()]
-        files.append({"file": str(prompt.image), "sha256": digest_of_image(prompt.image, said)})
+        files.append({"file": str(prompt.image), "sha256": digest(prompt.image)})
     return Images(torch.stack(latents), torch.stack(embeds) if embeds else None, files)

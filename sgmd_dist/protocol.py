@@ -13,12 +13,13 @@ import torch
 
 from sgmd_dist import __version__, checkpoint
 from sgmd_dist.assemble import Which, build_model
+from sgmd_dist.checkpoint.folder import digest
 from sgmd_dist.data.digest import content_digest
 from sgmd_dist.data.encode import NEGATIVE_PROMPT
 from sgmd_dist.data.sources import TEXT_PARTS
 from sgmd_dist.errors import UserError
 from sgmd_dist.models.base import LatentShape
-from sgmd_dist.prompts import Prompt, digest_of_image, encoders_of, image_parts
+from sgmd_dist.prompts import Prompt, encoders_of, image_parts
 from sgmd_dist.recipe import Recipe
 from sgmd_dist.sampling import Source
 
@@ -119,12 +120,6 @@ def _sha256(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def digest_of_text_encoder(recipe: Recipe) -> str:
-    """Of text encoder and tokenizer; empty where the recipe names none."""
-    folder = recipe.data.text_encoder or recipe.model.pretrained
-    return "" if folder is None else content_digest(Path(folder) / part for part in TEXT_PARTS)
-
-
 def protocol_of(
     source: Source,
     prompts: Sequence[Prompt],
@@ -140,8 +135,9 @@ def protocol_of(
         UserError: the recipe trains no few-step generator.
     """
     student_steps, sigma_shift = source.few_steps
-    images = [digest_of_image(prompt.image, "--prompts") for prompt in prompts if prompt.image is not None]
-    image_folders = image_parts(encoders_of(source.recipe, source.model), "--prompts")
+    encoders = encoders_of(source.recipe, source.model, "--prompts")
+    image_folders = image_parts(encoders, "--prompts")
+    images = [digest(prompt.image) for prompt in prompts if prompt.image is not None]
     objective: Any = source.recipe.objective  # a distillation's, as it has few steps
     return Protocol(
         prompts=[prompt.caption for prompt in prompts],
@@ -153,7 +149,7 @@ def protocol_of(
         guidance_scale=objective.guidance_scale.at(source.recipe.run.steps),
         negative_prompt=NEGATIVE_PROMPT,
         teacher=digest_of_teacher(source.recipe),
-        text_encoder=digest_of_text_encoder(source.recipe),
+        text_encoder=content_digest(encoders.text / part for part in TEXT_PARTS),
         real=real,
         num_real=num_real,
         images=images if image_folders else None,

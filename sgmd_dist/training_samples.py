@@ -25,7 +25,7 @@ from sgmd_dist import flow
 from sgmd_dist.assemble import build_architecture, build_model
 from sgmd_dist.checkpoint import together
 from sgmd_dist.conditions import Condition
-from sgmd_dist.data.sources import latent_shape_of, text_encoder_folder
+from sgmd_dist.data.sources import latent_shape_of
 from sgmd_dist.decode import decoder
 from sgmd_dist.errors import UserError, describe
 from sgmd_dist.health import few_step_chain
@@ -63,9 +63,8 @@ def check(recipe: Recipe) -> None:
     """
     if recipe.samples is not None:
         few_step_chain(recipe, "samples")
-        text_encoder_folder(recipe, _KEY)
         model = build_architecture(recipe, "generator")
-        image_parts(encoders_of(recipe, model), _KEY)
+        image_parts(encoders_of(recipe, model, _KEY), _KEY)
         check_prompts(prompts_of(recipe.samples), model, _KEY)
 
 
@@ -88,7 +87,7 @@ class TrainingSamples:
         self._section, self._recipe, self._mesh, self._roles = section, recipe, mesh, roles
         self._chain = few_step_chain(recipe, "samples")
         model = build_model(recipe, "generator")
-        encoders = encoders_of(recipe, model)
+        encoders = encoders_of(recipe, model, _KEY)
         self._prompts = encode_together(encoders, lambda: prompts_of(section), mesh.device, _KEY)
         self._latent_shape = latent_shape_of(recipe, model)
         self._takes = takes_of(self._prompts.captions, section.seeds)

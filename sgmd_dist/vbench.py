@@ -92,7 +92,7 @@ def make_videos(
     folder: Path, videos: Videos, which: Which, source: Source, device: torch.device, batch_size: int
 ) -> int:
     """Sample what `folder`, made by `prepare`, lacks of this rank's share; returns how many videos that was."""
-    encoders = encoders_of(source.recipe, source.model)
+    encoders = encoders_of(source.recipe, source.model, "--vbench")
     encoded = encode(encoders, [Prompt(prompt) for prompt in videos.prompts], device, "--vbench")
     prompts = encoded.repeated(videos.per_prompt)
     into, names = folder / "videos", videos.names

@@ -30,12 +30,9 @@ def read_picture(path: Path, height: int, width: int, said: str) -> Tensor:
     Raises:
         UserError: it cannot be read, or holds what is no 8 or 16 bits a channel; the message begins with `said`.
     """
-    picture = _opened(path, said)
-    scale = max(height / picture.height, width / picture.width)
-    left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
-    # Only what is seen is resized: of a strip that would be gigabytes.
-    seen = (max(0.0, left), max(0.0, top), picture.width - max(0.0, left), picture.height - max(0.0, top))
-    return torch.from_numpy(np.array(picture.resize((width, height), Image.Resampling.BICUBIC, box=seen)))
+    # Pillow resizes only what is seen: a whole strip would become gigabytes.
+    fitted = ImageOps.fit(_opened(path, said), (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted))
 
 
 def _opened(path: Path, said: str) -> Image.Image:

@@ -66,7 +66,7 @@ def test_it_leaves_scores_protocol_pictures_and_report(alone: Done, folder: Path
 def test_scores_are_of_every_repeat_of_every_prompt(alone: Done, folder: Path) -> None:
     """Of videos that are sampled in one batch here."""
     source, cpu = open_source(folder / "run"), torch.device("cpu")
-    encoded = encode(encoders_of(source.recipe, source.model), [Prompt(caption) for caption in PROMPTS], cpu, "")
+    encoded = encode(encoders_of(source.recipe, source.model, ""), [Prompt(caption) for caption in PROMPTS], cpu, "")
     sample = partial(sample_videos, prompts=encoded.repeated(2), latent_shape=(3, 3, 8, 8), shift=5.0)
     reference = sample(source.teacher(cpu), num_steps=3, seed=1, guidance_scale=3.0)
     teacher = sample(source.teacher(cpu), num_steps=3, seed=2, guidance_scale=3.0)

@@ -12,7 +12,6 @@ import torch
 from ranks import run_ranks
 from reference import Reference
 from running import State, Unsaved, max_difference, parameter_difference, train, train_unsaved
-
 from torch import nn
 from torch._dynamo.utils import counters
 

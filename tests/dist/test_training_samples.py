@@ -22,7 +22,6 @@ from torch import Tensor
 from sgmd_dist import trainer, training_samples
 from sgmd_dist.errors import EXIT_PREEMPTED
 from sgmd_dist.parallel.mesh import build_mesh, process_group
-from sgmd_dist.recipe_file import load_recipe
 from sgmd_dist.prompts import Prompt, Prompts, encode, encoders_of
 from sgmd_dist.sampling import Source, open_source, sample_videos
 from sgmd_dist.training_samples import Guided, TrainingSamples
@@ -70,7 +69,7 @@ def latents_of(recipe_path: Path) -> dict[str, Tensor]:
 
 
 def encoded(source: Source) -> Prompts:
-    return encode(encoders_of(source.recipe, source.model), [Prompt(caption) for caption in CAPTIONS], "cpu", "")
+    return encode(encoders_of(source.recipe, source.model, ""), [Prompt(caption) for caption in CAPTIONS], "cpu", "")
 
 
 @pytest.fixture(scope="module")
