@@ -137,7 +137,7 @@ def protocol_of(
     student_steps, sigma_shift = source.few_steps
     encoders = encoders_of(source.recipe, source.model, "--prompts")
     image_folders = image_parts(encoders, "--prompts")
-    images = [digest(prompt.image) for prompt in prompts if prompt.image is not None]
+    images = [digest(prompt.image) for prompt in prompts if prompt.image is not None] if image_folders else None
     objective: Any = source.recipe.objective  # a distillation's, as it has few steps
     return Protocol(
         prompts=[prompt.caption for prompt in prompts],
@@ -152,7 +152,7 @@ def protocol_of(
         text_encoder=content_digest(encoders.text / part for part in TEXT_PARTS),
         real=real,
         num_real=num_real,
-        images=images if image_folders else None,
+        images=images,
         image_encoders=content_digest(image_folders) if image_folders else None,
     )
 

@@ -116,6 +116,16 @@ def test_real_videos_are_those_that_are_named(folder: Path, shards: Path) -> Non
     assert read(folder, "other/protocol.json")["evaluated"]["which"] == "generator.ema"
 
 
+def test_images_of_prompts_are_nothing_to_a_text_to_video_run(folder: Path) -> None:
+    """Not even looked for."""
+    (folder / "prompts.jsonl").write_text(json.dumps({"caption": PROMPTS[0], "image": "gone.png"}))
+    fixed = f"--prompts {folder}/prompts.jsonl --real none --repeats 1 --teacher-steps 1 --out {folder}/objects"
+    done = run_forked(f"python launch/evaluate.py {folder}/run {fixed}")
+    assert done.code == 0, done.output
+    protocol = read(folder, "objects/protocol.json")["protocol"]
+    assert (protocol["prompts"], protocol["images"], protocol["image_encoders"]) == ([PROMPTS[0]], None, None)
+
+
 def test_vbench_finds_its_layout_or_the_user_the_command(folder: Path) -> None:
     where = folder / "for vbench"
     call = f"--vbench '{where}' --vbench-videos 2 --vbench-dimensions color scene --vbench-standard"
